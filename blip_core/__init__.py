@@ -1,0 +1,99 @@
+"""The models of the bootstrap cycle: tensors in, tensors out.
+
+Importing this package imports nothing heavy: names are resolved when they are first used. It installs one
+finder that lets torchvision (which timm needs) import beside a CPU build of torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from blip_core import _torchvision
+
+if TYPE_CHECKING:
+    from blip_core.bert import init_from_bert as init_from_bert
+    from blip_core.caption_metrics import evaluate_captions as evaluate_captions
+    from blip_core.captioner import Captioner as Captioner
+    from blip_core.captioner import GeneratedCaption as GeneratedCaption
+    from blip_core.checkpoints import LoadedModel as LoadedModel
+    from blip_core.checkpoints import load_model as load_model
+    from blip_core.checkpoints import save_model as save_model
+    from blip_core.config import MEDConfig as MEDConfig
+    from blip_core.config import TextConfig as TextConfig
+    from blip_core.config import VisionConfig as VisionConfig
+    from blip_core.errors import BlipError as BlipError
+    from blip_core.errors import CheckpointError as CheckpointError
+    from blip_core.errors import ConfigError as ConfigError
+    from blip_core.errors import CorruptCheckpoint as CorruptCheckpoint
+    from blip_core.errors import DecodeError as DecodeError
+    from blip_core.errors import TrainingError as TrainingError
+    from blip_core.evaluation import EncodedPairs as EncodedPairs
+    from blip_core.evaluation import Metric as Metric
+    from blip_core.evaluation import encode_pairs as encode_pairs
+    from blip_core.evaluation import evaluate_itm as evaluate_itm
+    from blip_core.evaluation import evaluate_retrieval as evaluate_retrieval
+    from blip_core.evaluation import itm_auc as itm_auc
+    from blip_core.evaluation import retrieval_recalls as retrieval_recalls
+    from blip_core.generation import CaptionConfig as CaptionConfig
+    from blip_core.med import MED as MED
+    from blip_core.med import build_model as build_model
+    from blip_core.objectives import Batch as Batch
+    from blip_core.scorer import PairScore as PairScore
+    from blip_core.scorer import Scorer as Scorer
+    from blip_core.tokenizer import MEDTokenizer as MEDTokenizer
+    from blip_core.tokenizer import TokenBatch as TokenBatch
+    from blip_core.tokenizer import clean_caption as clean_caption
+    from blip_core.training import BatchSource as BatchSource
+    from blip_core.training import TrainConfig as TrainConfig
+    from blip_core.training import TrainLog as TrainLog
+    from blip_core.training import TrainResult as TrainResult
+    from blip_core.training import train as train
+    from blip_core.transforms import EvalTransform as EvalTransform
+    from blip_core.transforms import TrainTransform as TrainTransform
+    from blip_core.transforms import decode_image as decode_image
+    from blip_core.vision import load_timm_weights as load_timm_weights
+
+_MODULES = {
+    "bert": ("init_from_bert",),
+    "caption_metrics": ("evaluate_captions",),
+    "captioner": ("Captioner", "GeneratedCaption"),
+    "checkpoints": ("LoadedModel", "load_model", "save_model"),
+    "config": ("MEDConfig", "TextConfig", "VisionConfig"),
+    "errors": (
+        "BlipError",
+        "CheckpointError",
+        "ConfigError",
+        "CorruptCheckpoint",
+        "DecodeError",
+        "TrainingError",
+    ),
+    "evaluation": (
+        "EncodedPairs",
+        "Metric",
+        "encode_pairs",
+        "evaluate_itm",
+        "evaluate_retrieval",
+        "itm_auc",
+        "retrieval_recalls",
+    ),
+    "generation": ("CaptionConfig",),
+    "med": ("MED", "build_model"),
+    "objectives": ("Batch",),
+    "scorer": ("PairScore", "Scorer"),
+    "tokenizer": ("MEDTokenizer", "TokenBatch", "clean_caption"),
+    "training": ("BatchSource", "TrainConfig", "TrainLog", "TrainResult", "train"),
+    "transforms": ("EvalTransform", "TrainTransform", "decode_image"),
+    "vision": ("load_timm_weights",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a public name when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+_torchvision.install()

@@ -1,0 +1,119 @@
+"""Momentum encoders and feature queues of the contrastive loss (BLIP, section 3.2; MoCo; ALBEF).
+
+Dimension key: B batch, P image tokens, L text tokens, E shared width, Q queue length.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip_core.config import require
+from blip_core.med import MED
+
+
+class FeatureQueue(nn.Module):
+    """The last Q momentum features of both sides, with the ids that tell which of them match.
+
+    Starts empty: `num_valid` counts, so that nothing is ever compared with noise. Q need not be a multiple of
+    the batch; a batch larger than Q leaves its last Q rows.
+    """
+
+    image_queue: Tensor
+    text_queue: Tensor
+    image_ids: Tensor
+    text_ids: Tensor
+    queue_ptr: Tensor
+    num_valid: Tensor
+
+    def __init__(self, embed_width: int, queue_size: int) -> None:
+        super().__init__()
+        require(queue_size >= 0, f"queue_size must be 0 or more, got {queue_size}")
+        self.queue_size = queue_size
+        self.register_buffer("image_queue", torch.zeros(embed_width, queue_size))
+        self.register_buffer("text_queue", torch.zeros(embed_width, queue_size))
+        self.register_buffer("image_ids", torch.zeros(queue_size, dtype=torch.int64))
+        self.register_buffer("text_ids", torch.zeros(queue_size, dtype=torch.int64))
+        self.register_buffer("queue_ptr", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_valid", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def enqueue(
+        self, image_features: Tensor, text_features: Tensor, image_ids: Tensor, text_ids: Tensor
+    ) -> None:
+        """Write (B, E) features and (B,) ids over the oldest entries."""
+        if self.queue_size == 0:
+            return
+        num_rows = min(len(image_ids), self.queue_size)
+        start = int(self.queue_ptr)
+        slots = torch.arange(start, start + num_rows, device=image_ids.device) % self.queue_size
+        self.image_queue[:, slots] = image_features[-num_rows:].T.to(self.image_queue.dtype)
+        self.text_queue[:, slots] = text_features[-num_rows:].T.to(self.text_queue.dtype)
+        self.image_ids[slots] = image_ids[-num_rows:]
+        self.text_ids[slots] = text_ids[-num_rows:]
+        self.queue_ptr.fill_((start + num_rows) % self.queue_size)
+        self.num_valid.add_(num_rows).clamp_(max=self.queue_size)
+
+    def candidates(self, features: Tensor, side: str) -> Tensor:
+        """Return (E, B + valid Q): the batch's features (B, E), then the queue's; `side` image or text."""
+        queue = self.image_queue if side == "image" else self.text_queue
+        # a copy: the loss keeps it for backward, and enqueue writes the queue in place before that
+        return torch.cat([features.T, queue[:, : int(self.num_valid)].to(features.dtype)], dim=1)
+
+    def is_positive(self, image_ids: Tensor, text_ids: Tensor) -> Tensor:
+        """Return (B, B + valid Q) bool: same image, or same text, as the batch's row."""
+        valid = int(self.num_valid)
+        all_images = torch.cat([image_ids, self.image_ids[:valid]])
+        all_texts = torch.cat([text_ids, self.text_ids[:valid]])
+        same_image = image_ids[:, None] == all_images[None, :]
+        return same_image | (text_ids[:, None] == all_texts[None, :])
+
+
+class MomentumEncoders(nn.Module):
+    """Slowly following twins of what makes image and text features.
+
+    They run without dropout (the reference leaves it on in the teacher by accident) and without gradients;
+    of the text transformer only what the text mode uses is copied.
+    """
+
+    def __init__(self, model: MED, queue_size: int) -> None:
+        super().__init__()
+        self.vision = copy.deepcopy(model.vision)
+        self.text = _text_mode_copy(model)
+        self.vision_proj = copy.deepcopy(model.vision_proj)
+        self.text_proj = copy.deepcopy(model.text_proj)
+        self.queue = FeatureQueue(model.config.embed_width, queue_size)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "MomentumEncoders":
+        """Stay in evaluation mode whatever is asked."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def update(self, model: MED, momentum: float) -> None:
+        """Move every twin towards the model: p_m = momentum * p_m + (1 - momentum) * p."""
+        online = dict(model.named_parameters())
+        twins = [(parameter, online[name]) for name, parameter in self.named_parameters()]
+        torch._foreach_lerp_([t for t, _ in twins], [p.detach() for _, p in twins], 1.0 - momentum)
+
+    @torch.no_grad()
+    def features(
+        self, pixel_values: Tensor, text_input_ids: Tensor, text_attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return momentum image and text features, (B, E) each, L2-normalised."""
+        image_embeds = self.vision.forward_features(pixel_values)
+        text_embeds = self.text(text_input_ids, text_attention_mask, mode="text")
+        return (
+            F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1),
+            F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1),
+        )
+
+
+def _text_mode_copy(model: MED) -> nn.Module:
+    twin = copy.deepcopy(model.text)
+    for layer in twin.layers:
+        del layer.decoder_attention
+        del layer.cross_attention
+    return twin

@@ -1,0 +1,232 @@
+"""The text transformer: BERT's layers, cross-attention, and one stack in two roles (BLIP, section 3.1).
+
+The encoder and the decoder share embeddings, cross-attention and feed-forward; each has its own
+self-attention. Three modes: "text" (bidirectional, no image), "fused" (bidirectional, cross-attention) and
+"causal" (decoder, cross-attention).
+
+Dimension key: B batch, P image tokens, L text tokens, D width, H heads, K head width, V vocabulary, N pairs.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blip_core.config import TextConfig
+
+Mode = Literal["text", "fused", "causal"]
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values of one attention, each (B, H, L or P, K)."""
+
+
+@dataclass(slots=True)
+class KVCache:
+    """Self-attention keys and values of the tokens decoded so far, one entry per layer."""
+
+    layers: list[KeyValue] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the cache holds."""
+        return self.layers[0][0].shape[2] if self.layers else 0
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keep rows `rows` (M,) in this order, repeats allowed: beams that live on."""
+        self.layers = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.layers]
+
+
+class SelfAttention(nn.Module):
+    """Post-norm self-attention of one layer and one role."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.output = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+
+    def forward(
+        self, hidden: Tensor, mask: Tensor | None, past: KeyValue | None
+    ) -> tuple[Tensor, KeyValue]:
+        """(B, L, D) -> (B, L, D) and all keys and values, `past` included."""
+        num_rows, num_tokens, width = hidden.shape
+        qkv = self.qkv(hidden).view(num_rows, num_tokens, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, L, K) each
+        if past is not None:
+            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
+        mixed = self.output(mixed.transpose(1, 2).reshape(num_rows, num_tokens, width))
+        mixed = F.dropout(mixed, self.dropout, self.training)
+        return self.norm(hidden + mixed), (key, value)
+
+
+class CrossAttention(nn.Module):
+    """Post-norm attention from text tokens to all image tokens, CLS included."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.query = nn.Linear(config.width, config.width)
+        self.kv = nn.Linear(config.encoder_width, 2 * config.width)
+        self.output = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+
+    def project(self, image_embeds: Tensor) -> KeyValue:
+        """(B, P, D) -> keys and values (B, H, P, K); once per image, whatever the number of texts."""
+        num_rows, num_tokens, _ = image_embeds.shape
+        kv = self.kv(image_embeds).view(num_rows, num_tokens, 2, self.num_heads, -1)
+        key, value = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        return key, value
+
+    def forward(self, hidden: Tensor, image_kv: KeyValue) -> Tensor:
+        """(N, L, D) -> (N, L, D); `image_kv` has N rows."""
+        num_rows, num_tokens, width = hidden.shape
+        query = self.query(hidden).view(num_rows, num_tokens, self.num_heads, -1).transpose(1, 2)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, *image_kv, dropout_p=dropout)
+        mixed = self.output(mixed.transpose(1, 2).reshape(num_rows, num_tokens, width))
+        mixed = F.dropout(mixed, self.dropout, self.training)
+        normed: Tensor = self.norm(hidden + mixed)
+        return normed
+
+
+class FeedForward(nn.Module):
+    """Post-norm GELU feed-forward."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.intermediate = nn.Linear(config.width, config.ffn_width)
+        self.output = nn.Linear(config.ffn_width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, L, D) -> (N, L, D)."""
+        mixed = self.output(F.gelu(self.intermediate(hidden)))
+        normed: Tensor = self.norm(hidden + F.dropout(mixed, self.dropout, self.training))
+        return normed
+
+
+class TextLayer(nn.Module):
+    """One layer: self-attention per role; cross-attention and feed-forward shared by both."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.encoder_attention = SelfAttention(config)
+        self.decoder_attention = SelfAttention(config)
+        self.cross_attention = CrossAttention(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        *,
+        mode: Mode,
+        image_kv: KeyValue | None,
+        past: KeyValue | None,
+    ) -> tuple[Tensor, KeyValue]:
+        """Run one layer in `mode`; returns hidden states and self-attention keys and values."""
+        attention = self.decoder_attention if mode == "causal" else self.encoder_attention
+        hidden, present = attention(hidden, mask, past)
+        if image_kv is not None:
+            hidden = self.cross_attention(hidden, image_kv)
+        return self.feed_forward(hidden), present
+
+
+class TextTransformer(nn.Module):
+    """Word and position embeddings, and a stack of `TextLayer`. No token types, no pooler."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
+        self.position_embeddings = nn.Embedding(config.max_positions, config.width)
+        self.embedding_norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.depth))
+
+    def stack(self) -> list[TextLayer]:
+        """Return the layers, with their type."""
+        return [layer for layer in self.layers if isinstance(layer, TextLayer)]
+
+    def project_image(self, image_embeds: Tensor) -> list[KeyValue]:
+        """(B, P, D) -> cross-attention keys and values of every layer, to be used many times."""
+        return [layer.cross_attention.project(image_embeds) for layer in self.stack()]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        mode: Mode,
+        image_kv: list[KeyValue] | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, L) ids -> (B, L, D) hidden states.
+
+        `attention_mask` (B, L) is 1 for real tokens; None means that all are. `image_kv` comes from
+        `project_image` and is needed in every mode but "text". With `cache` (mode "causal") the ids are
+        the next tokens only, and the cache grows.
+        """
+        if (mode == "text") != (image_kv is None):
+            raise ValueError(f"mode {mode!r} {'reads no' if mode == 'text' else 'needs an'} image")
+        offset = cache.num_tokens if cache is not None else 0
+        num_tokens = input_ids.shape[1]
+        positions = torch.arange(offset, offset + num_tokens, device=input_ids.device)
+        embedded = self.word_embeddings(input_ids) + self.position_embeddings(positions)
+        hidden = F.dropout(self.embedding_norm(embedded), self.config.dropout, self.training)
+        mask = _attention_mask(attention_mask, num_tokens, offset, mode, input_ids.device)
+        present: list[KeyValue] = []
+        for index, layer in enumerate(self.layers):
+            kv = image_kv[index] if image_kv is not None else None
+            past = cache.layers[index] if cache is not None and cache.layers else None
+            hidden, grown = layer(hidden, mask, mode=mode, image_kv=kv, past=past)
+            present.append(grown)
+        if cache is not None:
+            cache.layers = present
+        return hidden
+
+
+class LMHead(nn.Module):
+    """BERT's masked-LM head: dense, GELU, LayerNorm, then the word embeddings themselves, and a bias."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
+        """(..., D) and the embedding matrix (V, D) -> logits (..., V)."""
+        return F.linear(self.norm(F.gelu(self.dense(hidden))), word_embeddings, self.bias)
+
+
+def init_bert_weights(module: nn.Module, std: float) -> None:
+    """Initialise linear layers and embeddings as BERT does: normal with `std`, biases zero."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+
+
+def _attention_mask(
+    attention_mask: Tensor | None, num_tokens: int, offset: int, mode: Mode, device: torch.device
+) -> Tensor | None:
+    """Return a boolean mask (B or 1, 1, L, offset + L), True = attend; None when nothing is masked."""
+    if mode != "causal":
+        return None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+    if num_tokens == 1 and attention_mask is None:
+        return None
+    total = offset + num_tokens
+    causal = torch.ones(num_tokens, total, dtype=torch.bool, device=device).tril(offset)
+    if attention_mask is None:
+        return causal[None, None]
+    if offset:
+        raise ValueError("a cache needs rows of equal length: attention_mask must be None")
+    return causal[None, None] & attention_mask.bool()[:, None, None, :]

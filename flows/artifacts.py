@@ -1,0 +1,78 @@
+"""What Prefect's UI shows of a round: the funnel as a table, the result as text, the report's place.
+
+Outside of a flow run (a step called by hand or by a test) there is nobody to show it to.
+"""
+
+from __future__ import annotations
+
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.context import FlowRunContext
+
+from flows.session import Run
+from storage import connect, registry, rounds
+
+COMPARED = ("mean_recall", "i2t_r1", "t2i_r1", "itm_auc_random", "itm_auc_hard", "cider")
+
+
+def funnel_table(run: Run) -> None:
+    """The round's funnel as a table artifact."""
+    if FlowRunContext.get() is None:
+        return
+    with connect(run.lake) as connection:
+        rows = connection.execute(
+            "SELECT stage, outcome, rows FROM funnel WHERE round = ? ORDER BY step, rows DESC",
+            [run.round],
+        ).fetchall()
+    create_table_artifact(
+        table=[dict(zip(("stage", "outcome", "rows"), row, strict=True)) for row in rows],
+        key=f"funnel-round-{run.round}",
+        description=f"Round {run.round}: from URLs to kept texts",
+    )
+
+
+def round_summary(run: Run, report_path: str) -> None:
+    """The round's verdict and figures as a markdown artifact, with a link to the report."""
+    if FlowRunContext.get() is None:
+        return
+    record = rounds.read_round(run.lake, run.round)
+    assert record is not None, f"round {run.round} was never begun"
+    local = run.lake.root.local_path(report_path)
+    address = local.resolve().as_uri() if local else f"{run.lake.uri}/{report_path}"
+    lines = [
+        f"# Round {run.round}: {record.status}",
+        record.why or "",
+        *_metrics_table(run, record),
+        f"Report: [{address}]({address})",
+        f"Lake: `{run.lake.uri}`",
+    ]
+    create_markdown_artifact(
+        markdown="\n\n".join(lines), key=f"round-{run.round}", description=record.status
+    )
+    create_link_artifact(link=address, key=f"report-round-{run.round}", link_text="report")
+
+
+def note(text: str, run: Run) -> None:
+    """A sentence about the run as a markdown artifact."""
+    if FlowRunContext.get() is not None:
+        create_markdown_artifact(markdown=text, key=f"note-round-{run.round}")
+
+
+def _metrics_table(run: Run, record: rounds.RoundRecord) -> list[str]:
+    with connect(run.lake) as connection:
+        rows = connection.execute(
+            "SELECT metric, model_id, value FROM metrics WHERE dataset = 'heldout'"
+        ).fetchall()
+    values = {(metric, model_id): value for metric, model_id, value in rows}
+    before = record.champion_before or _model_id(run, 0)
+    after = _model_id(run, run.round)
+    lines = ["| held-out metric | champion before | challenger |", "|---|---|---|"]
+    for metric in COMPARED:
+        pair = [values.get((metric, model)) for model in (before, after)]
+        shown = ["-" if value is None else f"{value:.3f}" for value in pair]
+        lines.append(f"| {metric} | {shown[0]} | {shown[1]} |")
+    return ["\n".join(lines)]
+
+
+def _model_id(run: Run, round: int) -> str | None:
+    ref = registry.find(run.lake, "med", round)
+    return ref.model_id if ref else None

@@ -1,0 +1,69 @@
+"""What a round's record holds beyond its settings: seconds and counts by stage, and the verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+from flows.session import Run
+from flows.steps.gate import Verdict
+from storage import rounds
+
+
+class StageBook:
+    """Collects the counts of a stage while it runs."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def count(self, name: str, value: int) -> None:
+        """Note a count under `name`."""
+        self.counts[name] = value
+
+
+@contextmanager
+def timed(run: Run, stage: str) -> Iterator[StageBook]:
+    """Record a stage's wall seconds and counts in its round, the first time it is finished.
+
+    A later run that finds everything committed does not touch the record.
+    """
+    book, began = StageBook(), time.monotonic()
+    yield book
+    record = rounds.read_round(run.lake, run.round)
+    if record is None or stage in record.seconds:
+        return
+    seconds = {**record.seconds, stage: round(time.monotonic() - began, 3)}
+    on_device = stage not in ("ingest", "decide", "report")
+    device_seconds = {**record.device_seconds}
+    if on_device:
+        device_seconds[stage] = seconds[stage]
+    rounds.write_round(
+        run.lake,
+        dataclasses.replace(
+            record,
+            seconds=seconds,
+            device_seconds=device_seconds,
+            counts={**record.counts, **book.counts},
+        ),
+    )
+
+
+def finish_round(run: Run, verdict: Verdict, champion_id: str) -> None:
+    """Close the round's record with the gate's verdict; a closed one stays as it is."""
+    record = rounds.read_round(run.lake, run.round)
+    assert record is not None, f"round {run.round} was never begun"
+    if record.status != "running":
+        return
+    rounds.write_round(
+        run.lake,
+        dataclasses.replace(
+            record,
+            status="promoted" if verdict.promoted else "refused",
+            champion_after=champion_id,
+            why=verdict.why,
+            finished_at=datetime.now(UTC),
+        ),
+    )

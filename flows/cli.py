@@ -1,0 +1,309 @@
+"""The command line: `bootstrap ...`. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flows.settings import BootstrapSettings
+
+STAGES = {
+    "ingest": "download new URLs and take in human pairs",
+    "pretrain": "train the first model on raw web and human pairs",
+    "finetune-captioner": "finetune the captioner on human pairs",
+    "finetune-filter": "finetune the filter on human pairs",
+    "caption": "write a caption for every web image",
+    "score": "score every web and synthetic text",
+    "decide": "keep or drop every text by the policy",
+    "curate": "caption, score and decide",
+    "train": "train a new model on the clean set",
+    "evaluate": "measure new model and champion on held-out pairs",
+    "gate": "promote or refuse the new model",
+    "report": "write the round's page",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (2: something that the user can mend)."""
+    options = parser().parse_args(arguments)
+    _quiet(options.verbose)
+    from flows.terminal import fail
+
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except KeyboardInterrupt:
+        return fail("stopped; the same command goes on from here")
+    except Exception as err:
+        if options.verbose or not _is_ours(err):
+            raise
+        return fail(str(err))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command with its options."""
+    top = argparse.ArgumentParser(prog="bootstrap", description=__doc__.split(". ")[0])
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    run = _command(commands, "run", "run or resume the full cycle, without a server", _run)
+    _settings_options(run)
+    run.add_argument("--new-round", action="store_true", help="add a round from the champion")
+    _settings_options(
+        _command(commands, "next-round", "the same as `run --new-round`", _next_round)
+    )
+    _settings_options(
+        _command(commands, "quickstart", "the cycle in a drawn world of known truth", _quickstart)
+    )
+    for name, text in STAGES.items():
+        _settings_options(_command(commands, name, text, _stage))
+    sql = _command(commands, "sql", "ask the lake; without a query, a prompt", _sql)
+    sql.add_argument("query", nargs="?", help="one SELECT statement")
+    sql.add_argument("--lake", help="lake to read; else BOOTSTRAP_LAKE, else the last used here")
+    sql.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    rounds = _command(commands, "rounds", "the rounds of a lake with their verdicts", _rounds)
+    rounds.add_argument("--lake", help="lake to read")
+    repair = _command(
+        commands, "repair", "check every committed file, drop what is damaged", _repair
+    )
+    repair.add_argument("--lake", help="lake to repair")
+    shown = _command(commands, "settings", "print the settings a run would use", _settings)
+    _settings_options(shown)
+    shown.add_argument("--describe", action="store_true", help="every field with its meaning")
+    _command(commands, "up", "start a Prefect server and worker, deploy the flows", _up)
+    _command(commands, "down", "stop what `up` started", _down)
+    return top
+
+
+def _command(
+    commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int]
+) -> argparse.ArgumentParser:
+    sub: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    sub.add_argument("-v", "--verbose", action="store_true", help="logs and tracebacks")
+    sub.set_defaults(command=run, name=name)
+    return sub
+
+
+def _settings_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", "--preset", dest="preset", help="preset in configs/, or a path")
+    sub.add_argument("--lake", help="lake to work on")
+    sub.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="change one setting, such as pretrain.steps=200; may be repeated",
+    )
+    sub.add_argument(
+        "--on-stale", choices=("error", "rebuild"), help="what to do with outdated parts"
+    )
+
+
+def settings_from(options: argparse.Namespace, **changes: Any) -> BootstrapSettings:
+    """The settings that a command's options name.
+
+    Without --config, a lake that has a round is worked on with the preset of that round.
+    """
+    from flows.settings import load_settings, merge
+
+    machine = {"lake": options.lake, "on_stale": options.on_stale}
+    given = {"machine": {name: value for name, value in machine.items() if value}}
+    return load_settings(options.preset or "quickstart", options.overrides, merge(given, changes))
+
+
+def _run(options: argparse.Namespace) -> int:
+    cycle = "next-round" if options.new_round else "full-cycle"
+    return _cycle(settings_from(options, cycle=cycle))
+
+
+def _next_round(options: argparse.Namespace) -> int:
+    return _cycle(settings_from(options, cycle="next-round"))
+
+
+def _cycle(settings: BootstrapSettings) -> int:
+    from flows.bootstrap import bootstrap
+    from flows.terminal import console
+
+    with _bars():
+        result = bootstrap(settings)
+    console.print(f"round {result.round}: {result.status}. {result.why}", highlight=False)
+    console.print(f"lake:   {result.lake}", highlight=False)
+    return 0
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from flows.bootstrap import bootstrap
+    from flows.quickstart.tour import show
+
+    settings = settings_from(options)
+    with _bars():
+        result = bootstrap(settings)
+    show(settings, result)
+    return 0
+
+
+def _stage(options: argparse.Namespace) -> int:
+    from flows import stages
+    from flows.terminal import console
+
+    settings = settings_from(options)
+    stage = getattr(stages, options.name.replace("-", "_"))
+    with _bars():
+        result = stage(settings)
+    console.print(str(result), highlight=False)
+    return 0
+
+
+def _bars() -> Any:
+    from flows.progress import add_sink
+    from flows.terminal import StageBars
+
+    bars = StageBars()
+    add_sink(bars)
+    return bars
+
+
+def _sql(options: argparse.Namespace) -> int:
+    from flows.sqlprompt import prompt
+    from storage import Lake, query
+
+    lake = Lake.open(find_lake(options.lake), read_only=True)
+    if options.query is None:
+        return prompt(lake)
+    result = query(lake, options.query)
+    _print_rows(
+        result.column_names, [tuple(row.values()) for row in result.to_pylist()], options.format
+    )
+    return 0
+
+
+def _print_rows(names: list[str], rows: list[tuple[Any, ...]], form: str) -> None:
+    from flows.terminal import console, table
+
+    if form == "csv":
+        writer = csv.writer(sys.stdout)
+        writer.writerow(names)
+        writer.writerows(rows)
+    elif form == "json":
+        records = [dict(zip(names, row, strict=True)) for row in rows]
+        sys.stdout.write(json.dumps(records, default=str, indent=2) + "\n")
+    else:
+        console.print(table(names, rows))
+
+
+def _rounds(options: argparse.Namespace) -> int:
+    from storage import Lake, query
+
+    lake = Lake.open(find_lake(options.lake), read_only=True)
+    result = query(
+        lake,
+        "SELECT round, status, why, champion_before, champion_after, started_at, finished_at "
+        "FROM rounds ORDER BY round",
+    )
+    _print_rows(result.column_names, [tuple(row.values()) for row in result.to_pylist()], "table")
+    return 0
+
+
+def _repair(options: argparse.Namespace) -> int:
+    from flows.terminal import console
+    from storage import Lake, repair
+
+    lake = Lake.open(find_lake(options.lake))
+    with lake.lock("repair"):
+        dropped = repair(lake)
+    for line in dropped:
+        console.print(line, highlight=False)
+    console.print(
+        f"{len(dropped)} damaged files dropped; run the same command as before to make them anew"
+        if dropped
+        else "every committed file is as it was committed"
+    )
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> int:
+    import yaml
+
+    from flows.settings import BootstrapSettings, describe
+
+    if options.describe:
+        sys.stdout.write("\n".join(describe(BootstrapSettings)) + "\n")
+        return 0
+    dumped = settings_from(options).model_dump(mode="json")
+    sys.stdout.write(yaml.safe_dump(dumped, sort_keys=False))
+    return 0
+
+
+def _up(options: argparse.Namespace) -> int:
+    from flows.server import up
+    from flows.terminal import console
+
+    console.print("starting a Prefect server and a worker; this takes about half a minute")
+    state = up(Path.cwd())
+    console.print(f"UI:    {state.ui_url}", highlight=False)
+    console.print(
+        "next:  . .venv/bin/activate && prefect deployment run bootstrap/full-cycle --watch",
+        highlight=False,
+    )
+    console.print("stop:  make down")
+    return 0
+
+
+def _down(options: argparse.Namespace) -> int:
+    from flows.server import down
+    from flows.terminal import console
+
+    console.print("stopped" if down(Path.cwd()) else "nothing of ours was running")
+    return 0
+
+
+def find_lake(given: str | None) -> str:
+    """--lake, else BOOTSTRAP_LAKE, else the lake used last in this folder."""
+    from flows.errors import SettingsError
+    from flows.session import LAST_LAKE
+    from flows.settings import LAKE_VARIABLE
+
+    if given or os.environ.get(LAKE_VARIABLE):
+        return given or os.environ[LAKE_VARIABLE]
+    if LAST_LAKE.is_file():
+        return LAST_LAKE.read_text(encoding="utf-8").strip()
+    raise SettingsError(
+        f"no lake given, and none was used in {Path.cwd()} yet: add --lake PATH, set "
+        f"{LAKE_VARIABLE}, or run `bootstrap quickstart` here first"
+    )
+
+
+def _is_ours(err: Exception) -> bool:
+    from blip_core import BlipError
+    from flows.errors import FlowsError
+    from storage import StorageError
+
+    return isinstance(err, FlowsError | StorageError | BlipError)
+
+
+def _quiet(verbose: bool) -> None:
+    """No telemetry, no chatter; set before Prefect is imported, and only where the user did not."""
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
+    if "PREFECT_API_URL" not in os.environ:
+        # An in-process server with its state here, whatever prefect.toml says.
+        os.environ["PREFECT_API_URL"] = ""
+        os.environ.setdefault("PREFECT_HOME", str(Path(".bootstrap/prefect").absolute()))
+        os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.ERROR,
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

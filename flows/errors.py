@@ -1,0 +1,20 @@
+"""Errors of the seam.
+
+FlowsError
+|-- SettingsError(ValueError)   a preset, file or setting that cannot be used
+`-- MissingInput                a stage was asked to run before what it needs exists
+"""
+
+from __future__ import annotations
+
+
+class FlowsError(Exception):
+    """Base of every error raised by `flows` itself."""
+
+
+class SettingsError(FlowsError, ValueError):
+    """Settings that cannot be used; the message names field, value and remedy."""
+
+
+class MissingInput(FlowsError):
+    """A stage needs something that no earlier stage has made yet; the message names the command."""

@@ -1,0 +1,71 @@
+"""Models of the lake, loaded once per process."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from blip_core import EvalTransform, LoadedModel, load_model
+from blip_core.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from flows.errors import MissingInput
+from flows.session import Run
+from storage import ModelRef, local_folder, registry, rounds
+
+Triple = tuple[float, float, float]
+PIXEL_STATS: dict[str, dict[str, Triple]] = {
+    "clip": {"mean": CLIP_MEAN, "std": CLIP_STD},
+    "imagenet": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
+}
+COMMANDS = {"med": "pretrain", "captioner": "finetune-captioner", "filter": "finetune-filter"}
+
+
+@lru_cache(maxsize=3)
+def _load(folder: Path, device: str) -> LoadedModel:
+    return load_model(folder, device=device)
+
+
+def load(run: Run, ref: ModelRef) -> LoadedModel:
+    """The model of a reference, on the run's device, in eval mode."""
+    loaded = _load(local_folder(run.lake, ref), str(run.device))
+    loaded.model.eval()
+    return loaded
+
+
+def load_copy(run: Run, ref: ModelRef, *, image_size_px: int | None = None) -> LoadedModel:
+    """A copy to train, apart from the cached one; its positions resized when a size is given."""
+    return load_model(
+        local_folder(run.lake, ref), device=str(run.device), image_size_px=image_size_px
+    )
+
+
+def pixel_stats(run: Run) -> dict[str, Triple]:
+    """Mean and standard deviation of the pixels, as the settings say."""
+    return PIXEL_STATS[run.settings.model.pixel_stats]
+
+
+def eval_transform(run: Run, loaded: LoadedModel) -> EvalTransform:
+    """The transform of images that a model captions, scores or is measured on."""
+    return EvalTransform(loaded.model.config.vision.image_size_px, **pixel_stats(run))
+
+
+def require(run: Run, role: str, round: int) -> ModelRef:
+    """The committed model of a role and round. Raises MissingInput naming the command to run."""
+    ref = registry.find(run.lake, role, round)
+    if ref is None:
+        raise MissingInput(
+            f"lake {run.lake.uri} has no {role} of round {round}; "
+            f"run `bootstrap {COMMANDS.get(role, 'run')}` first"
+        )
+    return ref
+
+
+def starting_model(run: Run) -> ModelRef:
+    """The model that this round's captioner and filter are finetuned from, and must be beaten.
+
+    Round 1 starts from the pretrained model (round 0); a later round from the champion that it
+    found when it began, whatever has been promoted since.
+    """
+    record = rounds.read_round(run.lake, run.round)
+    if record is None or record.champion_before is None:
+        return require(run, "med", 0)
+    return registry.resolve(run.lake, record.champion_before)

@@ -1,0 +1,35 @@
+"""The report of a round, from lake to file."""
+
+import logging
+from functools import partial
+
+from flows.report.gather import gather_facts
+from flows.report.render import render_report
+from storage import layout
+from storage.catalog import connect
+from storage.lake import Lake
+from storage.shards import read_image
+
+logger = logging.getLogger(__name__)
+
+
+def build_report(lake: Lake, round: int, *, gallery_pairs: int = 12) -> str:
+    """Write the round's page into the lake; returns its path there.
+
+    A single HTML file below 5 MB that needs no network. Equal tables give equal bytes.
+
+    Raises:
+        LookupError: the round has no record.
+    """
+    with connect(lake) as connection:
+        facts = gather_facts(
+            connection,
+            round,
+            partial(read_image, lake),
+            lake=lake.uri,
+            gallery_pairs=gallery_pairs,
+        )
+    path = layout.report(round)
+    lake.root.write_bytes(path, render_report(facts).encode("utf-8"))
+    logger.info("round %d: report at %s/%s", round, lake.uri, path)
+    return path

@@ -1,0 +1,309 @@
+"""The sections of the settings: one frozen pydantic model for each stage.
+
+Every field's docstring is what Prefect's form, `bootstrap settings` and the error messages show.
+Units are in the names; `None` means "off" or "as the stage decides", 0 is a number.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+def _hide_defaults(schema: dict[str, Any]) -> None:
+    """Keep defaults out of the JSON schema.
+
+    A form that pre-fills them sends them back as if the user had chosen them, and they would then
+    win over the preset they were meant to be merged into.
+    """
+    for field in schema.get("properties", {}).values():
+        if "default" in field:
+            shown = field.pop("default")
+            if shown is not None and not isinstance(shown, dict | list):
+                field["description"] = f"{field.get('description', '')} (default {shown})".strip()
+
+
+class Section(BaseModel):
+    """Frozen, unknown keys refused, field docstrings kept as descriptions."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        json_schema_extra=_hide_defaults,
+    )
+
+
+class MachineSettings(Section):
+    """Where and on what the run happens; never part of a fingerprint."""
+
+    lake: str = "lakes/bootstrap"
+    """Root of the lake: a folder or any fsspec URI."""
+    scratch: str | None = None
+    """Local folder for downloads and training checkpoints; beside a local lake when not given."""
+    device: str = "auto"
+    """Torch device: auto, cpu, cuda or cuda:N."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """Torch threads; all cores when not given."""
+    decode_workers: int = Field(default=2, ge=1)
+    """Threads that read and decode images ahead of the model."""
+    on_stale: Literal["error", "rebuild"] = "error"
+    """What to do with a part whose fingerprint differs: stop with the reason, or rebuild it."""
+
+
+class WorldSettings(Section):
+    """A drawn world whose truth is known, served over loopback (the quickstart's web)."""
+
+    folder: str = "world"
+    """Folder that the world is drawn into."""
+    num_web: int = Field(default=6000, ge=10)
+    """Web pictures."""
+    num_human: int = Field(default=400, ge=4)
+    """Pictures with human captions."""
+    num_heldout: int = Field(default=500, ge=4)
+    """Held-out pictures with human captions."""
+    human_captions: int = Field(default=5, ge=1)
+    """Captions of each human-captioned picture."""
+    noise_share: float = Field(default=0.4, ge=0.0, lt=1.0)
+    """Share of the web's alt texts that do not describe their picture."""
+    fault_share: float = Field(default=0.02, ge=0.0, le=0.5)
+    """URLs that fail in one way or another, as a share of the pictures."""
+    image_size_px: int = Field(default=64, ge=16)
+    """Side of the square pictures; a multiple of 8."""
+    num_colors: int = Field(default=9, ge=4, le=10)
+    """Colours in the world."""
+    num_shapes: int = Field(default=8, ge=2, le=10)
+    """Shapes in the world."""
+    num_things: int = Field(default=1, ge=1, le=2)
+    """Shapes in a picture."""
+    patterned: bool = False
+    """Whether grounds may have patterns, which captions then name."""
+    slow_seconds: float = Field(default=6.0, gt=0)
+    """How long the slow URLs wait before they answer."""
+    seed: int = 0
+    """Seed of the drawing."""
+
+
+class UrlListSettings(Section):
+    """One list of image URLs with the texts found beside them."""
+
+    path: str
+    """Parquet, CSV or JSONL file, or an fsspec URI of one."""
+    name: str = "web"
+    """The source_name of rows that do not name their own."""
+    url_column: str = "url"
+    """Column that holds the image's URL."""
+    alt_text_column: str = "alt_text"
+    """Column that holds the text found with the image."""
+    source_name_column: str | None = None
+    """Column that names each row's source; `name` serves all rows when not given."""
+    licence_column: str | None = None
+    """Column that holds each row's licence."""
+
+
+class CaptionSetSettings(Section):
+    """One set of images with human captions."""
+
+    captions: str
+    """COCO captions JSON, Karpathy JSON, or a Parquet/CSV/JSONL table."""
+    images: str
+    """Folder that the image names are relative to."""
+    name: str = "human"
+    """Name of the set, shown as source_name: letters, digits, - and _."""
+    format: Literal["auto", "coco", "karpathy", "table"] = "auto"
+    """Format of the captions file."""
+    image_column: str = "image"
+    """Column with the image's file name, when the file is a table."""
+    caption_column: str = "caption"
+    """Column with the caption, when the file is a table."""
+    splits: tuple[str, ...] | None = None
+    """Splits of a Karpathy file to take; all when not given."""
+
+
+class IngestSettings(Section):
+    """What is taken in, and how it is downloaded."""
+
+    url_lists: tuple[UrlListSettings, ...] = ()
+    """Lists of URLs; a later round may add more."""
+    human: tuple[CaptionSetSettings, ...] = ()
+    """Human pairs to finetune and train on."""
+    heldout: tuple[CaptionSetSettings, ...] = ()
+    """Human pairs for evaluation only, never trained on."""
+    image_size_px: int | None = Field(default=256, ge=16)
+    """Shorter side that larger images are reduced to; stored as downloaded when null."""
+    min_image_side_px: int = Field(default=1, ge=1)
+    """Images with a shorter side below this are refused (the paper used 256 for LAION)."""
+    shard_rows: int = Field(default=1000, ge=1)
+    """Rows of a list that make one shard."""
+    slice_rows: int = Field(default=100_000, ge=1)
+    """Rows that one img2dataset process downloads."""
+    timeout_s: float = Field(default=10.0, gt=0)
+    """Seconds that a server may be silent before a download is given up."""
+    request_deadline_s: float = Field(default=60.0, gt=0)
+    """Seconds until a download is given up however it goes."""
+    processes: int = Field(default=1, ge=1)
+    """Processes of img2dataset."""
+    threads: int = Field(default=32, ge=1)
+    """Download threads of each process."""
+    stall_timeout_s: float = Field(default=120.0, gt=0)
+    """Seconds without progress after which img2dataset is killed and resumed."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Restarts of one slice before the ingest fails."""
+    user_agent_token: str = "blip-bootstrap"
+    """Name in the user agent, by which site owners recognise this crawler."""
+    http_proxy: str | None = None
+    """Forward proxy for all downloads, as http://host:port."""
+
+
+class ModelSettings(Section):
+    """The mixture of encoder and decoder that is trained."""
+
+    preset: Literal["nano", "tiny", "small", "small_dinov2", "base", "large"] = "base"
+    """Size of the model; base and large are the paper's."""
+    image_size_px: int | None = Field(default=None, ge=16)
+    """Side of the input image; the preset's own when not given."""
+    finetune_image_size_px: int | None = Field(default=None, ge=16)
+    """Side for captioner and filter; as in pretraining when not given (the paper raises it to 384)."""
+    tokenizer: str = "train"
+    """`train` learns WordPieces from the run's own texts; else a BERT tokenizer's name or folder."""
+    vocab_size: int = Field(default=30522, ge=16)
+    """Largest vocabulary that `tokenizer: train` may learn, special tokens included."""
+    init_vision: str | None = None
+    """Safetensors file with timm ViT weights to start from."""
+    init_text: str | None = None
+    """Hugging Face BERT folder to start from."""
+    pixel_stats: Literal["clip", "imagenet"] = "clip"
+    """Mean and standard deviation of the pixels, as the starting vision weights expect them."""
+
+
+class TrainSettings(Section):
+    """One training run; the fields are those of `blip_core.TrainConfig`."""
+
+    steps: int = Field(default=100_000, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(default=64, ge=1)
+    """Pairs in a step."""
+    learning_rate: float = Field(default=3e-4, gt=0)
+    """Peak learning rate."""
+    min_learning_rate: float = Field(default=1e-6, ge=0)
+    """Learning rate at the end."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "step_decay"] = "cosine"
+    """How the learning rate falls; step_decay multiplies it by 0.9 every twentieth of the run."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """AdamW weight decay."""
+    grad_clip_norm: float | None = Field(default=1.0, gt=0)
+    """Largest gradient norm; no clipping when null."""
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """Label smoothing of the language-model loss."""
+    distill_alpha: float = Field(default=0.4, ge=0, le=1)
+    """Weight of the momentum teacher's soft targets."""
+    alpha_ramp_steps: int = Field(default=0, ge=0)
+    """Steps over which that weight rises from 0."""
+    momentum: float = Field(default=0.995, ge=0, lt=1)
+    """Momentum of the teacher."""
+    queue_size: int = Field(default=57_600, ge=0)
+    """Features kept in the contrastive queue."""
+    prompt: str = ""
+    """Text put before every caption in the language-model loss, itself not supervised."""
+    max_text_tokens: int = Field(default=30, ge=4)
+    """Longest text in tokens, special tokens included."""
+    augment: Literal["none", "flip_crop", "paper"] = "paper"
+    """Image augmentation: none, crop and flip, or crop, flip and RandAugment as in the paper."""
+    freeze: tuple[Literal["vision", "text"], ...] = ()
+    """Parts whose weights stay as they are."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number type of the forward pass."""
+    checkpoint_every_steps: int = Field(default=1000, ge=1)
+    """Steps between two checkpoints."""
+    log_every_steps: int = Field(default=50, ge=1)
+    """Steps between two logged points."""
+
+    @model_validator(mode="after")
+    def _check_together(self) -> TrainSettings:
+        if 0 < self.queue_size < self.batch_size:
+            raise ValueError(
+                f"queue_size {self.queue_size} is smaller than batch_size {self.batch_size}; "
+                "use 0 for no queue, or at least one batch"
+            )
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
+        return self
+
+
+class CaptionSettings(Section):
+    """How the captioner writes (paper, section 3.3: nucleus sampling, p = 0.9)."""
+
+    decoding: Literal["nucleus", "greedy", "beam"] = "nucleus"
+    """Decoding method."""
+    top_p: float = Field(default=0.9, gt=0, le=1)
+    """Nucleus mass."""
+    top_k: int = Field(default=0, ge=0)
+    """Largest number of candidate tokens; 0 means no limit."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Softmax temperature."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divides the logits of tokens already written; 1 leaves them (the released code used 1.1)."""
+    num_beams: int = Field(default=3, ge=1)
+    """Beams, when decoding is beam."""
+    min_new_tokens: int = Field(default=1, ge=0)
+    """Fewest tokens of a caption."""
+    max_new_tokens: int = Field(default=20, ge=1)
+    """Most tokens of a caption, prompt excluded."""
+    prompt: str = ""
+    """Text that every caption continues; it is not part of the result."""
+    num_captions: int = Field(default=1, ge=1)
+    """Captions written for each image."""
+    batch_size: int = Field(default=64, ge=1)
+    """Images in a batch."""
+
+
+class ScoreSettings(Section):
+    """How the filter scores texts against images."""
+
+    max_text_tokens: int = Field(default=35, ge=4)
+    """Longest text in tokens, special tokens included."""
+    batch_size: int = Field(default=64, ge=1)
+    """Images in a batch."""
+
+
+class DecideSettings(Section):
+    """Which texts are kept."""
+
+    policy: str = "blip"
+    """Name of a policy in storage/policies."""
+    threshold: float = Field(default=0.5, ge=0, le=1)
+    """Least itm_prob of a kept text (paper: the ITM head's own verdict, 0.5)."""
+
+
+class EvaluateSettings(Section):
+    """What is measured on the held-out pairs."""
+
+    rerank_k: int = Field(default=16, ge=0)
+    """Candidates that ITM re-ranks for each query; 0 ranks by ITC alone (paper: 256 on COCO)."""
+    max_images: int | None = Field(default=None, ge=2)
+    """Use only the first images of the held-out set, in order of image_id."""
+    batch_size: int = Field(default=64, ge=1)
+    """Images in a batch."""
+    decoding: Literal["nucleus", "greedy", "beam"] = "beam"
+    """Decoding for the caption metrics (paper: beam search with 3 beams)."""
+    num_beams: int = Field(default=3, ge=1)
+    """Beams, when decoding is beam."""
+    max_new_tokens: int = Field(default=20, ge=1)
+    """Most tokens of an evaluated caption."""
+
+
+class GateSettings(Section):
+    """When a challenger becomes the champion."""
+
+    max_recall_drop: float = Field(default=0.0, ge=0, le=1)
+    """How far the challenger's mean recall may lie below the champion's."""
+
+
+class ReportSettings(Section):
+    """The static page of a round."""
+
+    gallery_pairs: int = Field(default=12, ge=0)
+    """Pairs shown in each group of the gallery."""

@@ -1,0 +1,126 @@
+"""One run on one lake: the lock, the round, and the settings they go with.
+
+The parent flow and the stages inside it share a session; a stage started on its own opens one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from flows.errors import MissingInput
+from flows.settings import BootstrapSettings
+from storage import Lake, registry, rounds
+from storage.tables import OnStale
+
+logger = logging.getLogger(__name__)
+
+LAST_LAKE = Path(".bootstrap") / "last_lake"
+"""Where the commands of a folder remember the lake that was used last."""
+
+_open_runs: dict[str, Run] = {}
+
+
+class Run:
+    """A lake, locked by this process, with the round that is worked on and its settings.
+
+    Deliberately not a dataclass: Prefect walks dataclasses in task parameters field by field.
+    """
+
+    def __init__(self, lake: Lake, settings: BootstrapSettings, round: int) -> None:
+        self.lake = lake
+        self.settings = settings
+        self.round = round
+
+    @property
+    def device(self) -> torch.device:
+        """The device that models run on."""
+        name = self.settings.machine.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(name)
+
+    @property
+    def on_stale(self) -> OnStale:
+        """What to do with a committed part that was made from something else."""
+        return self.settings.machine.on_stale
+
+    def scratch(self, *parts: str) -> Path:
+        """A local folder of this lake for unfinished work, made if needed."""
+        if not self.settings.machine.scratch:
+            return self.lake.scratch(*parts)
+        folder = Path(self.settings.machine.scratch).expanduser().joinpath(*parts)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+@contextmanager
+def open_run(settings: BootstrapSettings, *, purpose: str) -> Iterator[Run]:
+    """The session on `settings.machine.lake`: the one this process holds, or a new, locked one.
+
+    Raises:
+        LakeBusy: another process works on the lake; names it.
+        SettingsChanged: the round was begun with other settings; names each field.
+    """
+    uri = settings.machine.lake
+    held = _open_runs.get(uri)
+    if held is not None:
+        yield held
+        return
+    _show_log_lines()
+    if settings.machine.num_threads:
+        torch.set_num_threads(settings.machine.num_threads)
+    lake = Lake.open(uri, create=True)
+    with lake.lock(purpose):
+        remember_lake(uri)
+        number = choose_round(lake, settings, purpose)
+        champion = registry.champion(lake) if number > 1 else None
+        rounds.begin_round(
+            lake, number, settings.as_basis(), champion.model_id if champion else None
+        )
+        run = Run(lake, settings, number)
+        _open_runs[uri] = run
+        try:
+            yield run
+        finally:
+            del _open_runs[uri]
+
+
+def _show_log_lines() -> None:
+    """Under a Prefect worker, let the project's own INFO lines reach the UI."""
+    for name in os.environ.get("PREFECT_LOGGING_EXTRA_LOGGERS", "").split(","):
+        if name:
+            logging.getLogger(name).setLevel(logging.INFO)
+
+
+def choose_round(lake: Lake, settings: BootstrapSettings, purpose: str) -> int:
+    """The round to work on.
+
+    full-cycle is always round 1 (done again, it finds nothing to do); next-round resumes an
+    unfinished round or adds one; a single stage works on the latest.
+    """
+    latest = rounds.latest_round(lake)
+    if settings.cycle == "next-round" and purpose == "bootstrap":
+        if latest is None:
+            raise MissingInput(
+                f"lake {settings.machine.lake} has no round yet: run the full cycle first "
+                "(`bootstrap run`, or `prefect deployment run bootstrap/full-cycle`)"
+            )
+        return latest.round if latest.status == "running" else latest.round + 1
+    if purpose == "bootstrap" or latest is None:
+        return 1
+    return int(latest.round)
+
+
+def remember_lake(uri: str) -> None:
+    """Note the lake as the one used last in this folder; a read-only folder costs only that."""
+    try:
+        LAST_LAKE.parent.mkdir(exist_ok=True)
+        LAST_LAKE.write_text(uri + "\n", encoding="utf-8")
+    except OSError as err:
+        logger.debug("the last used lake was not noted: %s", err)

@@ -1,0 +1,192 @@
+"""The stages of a round, each a flow that the cycle calls and that also runs alone.
+
+A stage finds its inputs in the lake: the committed parts and models of its round. What is
+committed with the same fingerprint is not made again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from prefect import flow
+
+from flows import artifacts, models, tasks
+from flows.book import finish_round, timed
+from flows.progress import StageProgress
+from flows.quickstart.truth import measure_truth
+from flows.refs import StageResult
+from flows.session import Run, open_run
+from flows.settings import BootstrapSettings
+from flows.steps import plans
+from flows.steps.gate import Verdict, judge
+from flows.steps.ingest import drawn_world
+from flows.steps.shards import web_parts
+from flows.steps.train import TrainPlan
+from storage import ModelRef, PartRef, registry, rounds, write_catalog
+
+logger = logging.getLogger(__name__)
+
+ShardTask = Callable[..., tuple[PartRef, bool]]
+
+
+@flow(name="ingest", validate_parameters=True)
+def ingest(settings: BootstrapSettings) -> StageResult:
+    """URL lists and human pairs to shards, `pairs` and `captions` of round 0."""
+    with open_run(settings, purpose="ingest") as run, timed(run, "ingest") as book:
+        with StageProgress("ingest", "URLs fetched", run.round) as progress:
+            parts = tasks.ingest_all_task(run, progress)
+        book.count("pairs", sum(part.num_rows for part in parts))
+        return _result(run, "ingest", parts)
+
+
+@flow(name="pretrain")
+def pretrain(settings: BootstrapSettings) -> ModelRef:
+    """The first model, on the raw web pairs and the human pairs (paper, section 3.2); round 0."""
+    with open_run(settings, purpose="pretrain") as run:
+        ref = _train(run, plans.pretrain(run))
+        if registry.champion(run.lake) is None:
+            registry.promote(run.lake, ref.model_id, 0, "the first model")
+        return ref
+
+
+@flow(name="finetune-captioner")
+def finetune_captioner(settings: BootstrapSettings) -> ModelRef:
+    """The captioner: the starting model finetuned on human pairs with LM (paper, section 3.3)."""
+    with open_run(settings, purpose="finetune-captioner") as run:
+        return _train(run, plans.captioner(run))
+
+
+@flow(name="finetune-filter")
+def finetune_filter(settings: BootstrapSettings) -> ModelRef:
+    """The filter: the starting model finetuned on human pairs with ITC + ITM, apart from the
+    captioner (paper, section 3.3 and Table 4).
+    """
+    with open_run(settings, purpose="finetune-filter") as run:
+        return _train(run, plans.filter_(run))
+
+
+@flow(name="caption")
+def caption(settings: BootstrapSettings) -> StageResult:
+    """New captions for every web image, one part a shard."""
+    with open_run(settings, purpose="caption") as run:
+        captioner = models.require(run, "captioner", run.round)
+        return _each_shard(run, "caption", tasks.caption_shard_task, captioner)
+
+
+@flow(name="score")
+def score(settings: BootstrapSettings) -> StageResult:
+    """itm_prob and itc_sim of every web and synthetic text, one part a shard."""
+    with open_run(settings, purpose="score") as run:
+        scorer = models.require(run, "filter", run.round)
+        return _each_shard(run, "score", tasks.score_shard_task, scorer)
+
+
+@flow(name="decide")
+def decide(settings: BootstrapSettings) -> StageResult:
+    """One SQL policy over captions and scores: every text kept or dropped, with its reason."""
+    with open_run(settings, purpose="decide") as run, timed(run, "decide") as book:
+        part = tasks.decide_round_task(run)
+        book.count("decisions", part.num_rows)
+        write_catalog(run.lake)
+        artifacts.funnel_table(run)
+        return _result(run, "decide", [part])
+
+
+@flow(name="curate")
+def curate(settings: BootstrapSettings) -> StageResult:
+    """Caption, score and decide."""
+    with open_run(settings, purpose="curate"):
+        caption(settings)
+        score(settings)
+        return decide(settings)
+
+
+@flow(name="train")
+def train(settings: BootstrapSettings) -> ModelRef:
+    """A NEW model on the round's clean set and the human pairs (paper, Table 13)."""
+    with open_run(settings, purpose="train") as run:
+        return _train(run, plans.retrain(run))
+
+
+@flow(name="evaluate")
+def evaluate(settings: BootstrapSettings) -> StageResult:
+    """The round's new model and the champion it must beat, on the held-out human pairs."""
+    with open_run(settings, purpose="evaluate") as run, timed(run, "evaluate"):
+        wanted = [models.starting_model(run), plans.challenger(run)]
+        parts = []
+        with StageProgress("evaluate", "Models measured", run.round) as progress:
+            for done, ref in enumerate(wanted):
+                parts.append(tasks.evaluate_model_task(run, ref))
+                if run.settings.world is not None:
+                    parts.append(measure_truth(run, ref, drawn_world(run)))
+                progress(done + 1, len(wanted), ref.model_id[:8])
+        return _result(run, "evaluate", parts)
+
+
+@flow(name="gate")
+def gate(settings: BootstrapSettings) -> Verdict:
+    """Promote the round's model to champion, or refuse it; either way with the reason.
+
+    A round that has its verdict keeps it.
+    """
+    with open_run(settings, purpose="gate") as run:
+        champion, challenger = models.starting_model(run), plans.challenger(run)
+        verdict = judge(run, champion, challenger)
+        record = rounds.read_round(run.lake, run.round)
+        if record is None or record.status == "running":
+            if verdict.promoted:
+                registry.promote(run.lake, challenger.model_id, run.round, verdict.why)
+            finish_round(run, verdict, (challenger if verdict.promoted else champion).model_id)
+        logger.info("round %d: %s", run.round, verdict.why)
+        return verdict
+
+
+@flow(name="report")
+def report(settings: BootstrapSettings) -> str:
+    """The round's static page; returns its path in the lake."""
+    with open_run(settings, purpose="report") as run:
+        path: str = tasks.write_report_task(run)
+        write_catalog(run.lake)
+        artifacts.round_summary(run, path)
+        return path
+
+
+def _train(run: Run, plan: TrainPlan) -> ModelRef:
+    """One training as a task, with its progress and its time in the round's record."""
+    with timed(run, plan.name), StageProgress(plan.name, "Optimizer steps", run.round) as progress:
+        ref, built = tasks.train_model_task(run, plan, progress)
+    logger.info(
+        "round %d %s: model %s %s",
+        run.round,
+        plan.name,
+        ref.model_id,
+        "trained" if built else "found, nothing to do",
+    )
+    return ref
+
+
+def _each_shard(run: Run, stage: str, shard_task: ShardTask, model: ModelRef) -> StageResult:
+    """Run a task on every web part of `pairs`, one after the other: they share the device."""
+    shards = web_parts(run)
+    total = sum(part.num_rows for part in shards)
+    done, parts, reused = 0, [], 0
+    with timed(run, stage) as book, StageProgress(stage, "Web rows", run.round) as progress:
+        for shard in shards:
+
+            def advance(images: int, before: int = done, shard: PartRef = shard) -> None:
+                progress(before + images, total, f"shard {shard.name}")
+
+            part, built = shard_task(run, shard, model, advance)
+            parts.append(part)
+            reused += not built
+            done += shard.num_rows
+            progress(done, total, f"shard {shard.name}")
+        book.count(f"{stage}_rows", sum(part.num_rows for part in parts))
+    return _result(run, stage, parts, reused)
+
+
+def _result(run: Run, stage: str, parts: list[PartRef], reused: int = 0) -> StageResult:
+    rows = sum(part.num_rows for part in parts)
+    paths = tuple(part.path for part in parts)
+    return StageResult(stage=stage, round=run.round, parts=paths, num_rows=rows, reused=reused)

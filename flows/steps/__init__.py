@@ -1,0 +1,1 @@
+"""Steps: plain functions on one shard or one model, called by tasks and by tests alike."""

@@ -1,0 +1,83 @@
+"""Ingest: URL lists through img2dataset, human and held-out pairs from their files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flows.quickstart.server import WorldServer
+from flows.quickstart.world import World, WorldConfig, build_world
+from flows.sections import CaptionSetSettings, IngestSettings, UrlListSettings
+from flows.session import Run
+from storage import (
+    CaptionSetConfig,
+    DownloadConfig,
+    PartRef,
+    UrlListConfig,
+    ingest_captions,
+    ingest_urls,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def ingest_all(run: Run, on_progress: Callable[[int, int, str], None]) -> list[PartRef]:
+    """Take in every list and set of the settings; what the lake has already is not fetched again.
+
+    Raises:
+        EmptyInput: nothing to take in, no human pairs, or every URL is dead.
+    """
+    parts: list[PartRef] = []
+    with sources(run) as settings:
+        for pool, sets in (("human", settings.human), ("heldout", settings.heldout)):
+            for captions in sets:
+                config = CaptionSetConfig(**captions.model_dump(), pool=pool)
+                parts += ingest_captions(run.lake, config, on_stale=run.on_stale)
+        download = DownloadConfig(
+            **settings.model_dump(exclude={"url_lists", "human", "heldout"}),
+        )
+        for url_list in settings.url_lists:
+            parts += ingest_urls(
+                run.lake,
+                UrlListConfig(**url_list.model_dump()),
+                download,
+                round=run.round,
+                on_stale=run.on_stale,
+                on_progress=on_progress,
+            )
+    return parts
+
+
+@contextmanager
+def sources(run: Run) -> Iterator[IngestSettings]:
+    """The ingest settings; with a world in the settings, drawn, served and filled in."""
+    settings = run.settings.ingest
+    if run.settings.world is None:
+        yield settings
+        return
+    world = drawn_world(run)
+    with WorldServer(world.folder, slow_seconds=run.settings.world.slow_seconds) as server:
+        yield settings.model_copy(
+            update={
+                "url_lists": (
+                    UrlListSettings(path=str(world.url_list), source_name_column="source_name"),
+                ),
+                "human": (_set(world.human_captions, world.human_images, "human"),),
+                "heldout": (_set(world.heldout_captions, world.heldout_images, "heldout"),),
+                "http_proxy": server.url,
+            }
+        )
+
+
+def drawn_world(run: Run) -> World:
+    """The world of the settings, drawn if it is not there yet."""
+    settings = run.settings.world
+    assert settings is not None
+    config = WorldConfig(**settings.model_dump(exclude={"folder", "slow_seconds"}))
+    return build_world(config, Path(settings.folder))
+
+
+def _set(captions: Path, images: Path, name: str) -> CaptionSetSettings:
+    return CaptionSetSettings(captions=str(captions), images=str(images), name=name)

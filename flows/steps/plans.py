@@ -1,0 +1,79 @@
+"""The four trainings of a cycle: what each learns, on which rows, from where."""
+
+from __future__ import annotations
+
+from flows import models
+from flows.session import Run
+from flows.steps.train import ALL_OBJECTIVES, TrainPlan
+from storage import ModelRef
+
+HUMAN_SQL = "SELECT image_id, caption, source FROM human"
+RAW_SQL = f"SELECT image_id, caption, source FROM raw UNION ALL {HUMAN_SQL}"
+
+
+def clean_sql(round: int) -> str:
+    """Kept web and synthetic texts of a round, and the human ones (paper, section 3.3)."""
+    return f"SELECT image_id, caption, source FROM verdicts WHERE kept AND round = {round} UNION ALL {HUMAN_SQL}"
+
+
+def pretrain(run: Run) -> TrainPlan:
+    """The first model: all raw web pairs and the human pairs; it belongs to round 0."""
+    return TrainPlan(
+        name="pretrain",
+        role="med",
+        round=0,
+        sql=RAW_SQL,
+        objectives=ALL_OBJECTIVES,
+        parent=None,
+        tokenizer_of=None,
+        settings=run.settings.pretrain,
+    )
+
+
+def captioner(run: Run) -> TrainPlan:
+    """LM on the human pairs, from the starting model (paper, section 3.3)."""
+    start = models.starting_model(run)
+    return TrainPlan(
+        name="captioner",
+        role="captioner",
+        round=run.round,
+        sql=HUMAN_SQL,
+        objectives=("lm",),
+        parent=start,
+        tokenizer_of=start,
+        settings=run.settings.captioner,
+    )
+
+
+def filter_(run: Run) -> TrainPlan:
+    """ITC and ITM on the human pairs, from the same starting model (paper, section 3.3)."""
+    start = models.starting_model(run)
+    return TrainPlan(
+        name="filter",
+        role="filter",
+        round=run.round,
+        sql=HUMAN_SQL,
+        objectives=("itc", "itm"),
+        parent=start,
+        tokenizer_of=start,
+        settings=run.settings.filter,
+    )
+
+
+def retrain(run: Run) -> TrainPlan:
+    """A new model on the clean set; it takes over the starting model's vocabulary only."""
+    return TrainPlan(
+        name="retrain",
+        role="med",
+        round=run.round,
+        sql=clean_sql(run.round),
+        objectives=ALL_OBJECTIVES,
+        parent=None,
+        tokenizer_of=models.starting_model(run),
+        settings=run.settings.retrain_or_pretrain,
+    )
+
+
+def challenger(run: Run) -> ModelRef:
+    """The round's new model."""
+    return models.require(run, "med", run.round)

@@ -1,0 +1,232 @@
+"""Training: one step for pretraining, both finetunings and the retraining."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch.utils.tensorboard import SummaryWriter
+
+from blip_core import (
+    LoadedModel,
+    MEDConfig,
+    MEDTokenizer,
+    TrainConfig,
+    TrainLog,
+    TrainTransform,
+    build_model,
+    init_from_bert,
+    load_timm_weights,
+    save_model,
+)
+from blip_core import train as run_training
+from flows import models
+from flows.feed import TrainFeed
+from flows.sections import TrainSettings
+from flows.session import Run
+from flows.steps.batches import rows_table
+from storage import (
+    Clock,
+    Lake,
+    ModelRef,
+    TrainSetRef,
+    basis_of,
+    build_trainset,
+    commit_part,
+    committed_part,
+    connect,
+    fingerprint_of,
+    open_trainset,
+    read_part,
+    registry,
+)
+
+logger = logging.getLogger(__name__)
+
+STAGE_VERSION = 1
+FINAL = "final"
+NOT_IN_CURVES = ("step", "images_per_s")
+"""Of a history line: the step is the row's n, and speed is not the same in every run."""
+
+Objective = Literal["itc", "itm", "lm"]
+ALL_OBJECTIVES: tuple[Objective, ...] = ("itc", "itm", "lm")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainPlan:
+    """What is trained, on which rows, from where."""
+
+    name: str
+    """pretrain, captioner, filter or retrain."""
+    role: str
+    """Role in the registry: med, captioner or filter."""
+    round: int
+    """Round that the model belongs to; 0 for pretraining."""
+    sql: str
+    """Rows of the training set: image_id, caption, source."""
+    objectives: tuple[Objective, ...]
+    parent: ModelRef | None
+    """Model to finetune; None trains a new one (paper, Table 13)."""
+    tokenizer_of: ModelRef | None
+    """Model whose tokenizer a new model takes over; None trains or loads one."""
+    settings: TrainSettings
+
+
+def train_model(
+    run: Run, plan: TrainPlan, on_progress: Callable[[int, int, str], None]
+) -> tuple[ModelRef, bool]:
+    """Train the model of a plan, or find it made from the same things; says whether it was built.
+
+    Checkpoints lie in the run's scratch folder; the same call after a kill goes on from the last.
+    The training curve is committed last and is the record that the model is finished.
+
+    Raises:
+        EmptyTrainSet: the plan's query gives no rows.
+        StaleOutput: this round's model was made from something else; names what differs.
+    """
+    rows = build_trainset(run.lake, plan.sql, name=plan.name)
+    basis = _basis(run, plan, rows)
+    name = f"train-{plan.name}"
+    curve = committed_part(
+        run.lake, "metrics", name, round=plan.round, basis=basis, on_stale=run.on_stale
+    )
+    if curve is not None:
+        model_id = read_part(run.lake, curve, ["model_id"]).column(0)[0].as_py()
+        return registry.resolve(run.lake, model_id), False
+    clock = Clock()
+    folder = run.scratch("train", f"{plan.name}-{fingerprint_of(basis)[:16]}")
+    history = _fit(run, plan, rows, folder, on_progress)
+    ref = registry.register(
+        run.lake,
+        folder / FINAL,
+        role=plan.role,
+        round=plan.round,
+        parent_id=plan.parent.model_id if plan.parent else None,
+        trained_on=rows.fingerprint,
+        config=basis["config"],
+    )
+    curve_rows = rows_table("metrics", _curve(plan, ref, history))
+    commit_part(run.lake, "metrics", name, curve_rows, round=plan.round, basis=basis, clock=clock)
+    shutil.rmtree(folder)
+    return ref, True
+
+
+def _fit(
+    run: Run,
+    plan: TrainPlan,
+    rows: TrainSetRef,
+    folder: Path,
+    on_progress: Callable[[int, int, str], None],
+) -> list[dict[str, Any]]:
+    """Train and save to `folder/final`; returns the history."""
+    loaded = _start(run, plan)
+    transform = TrainTransform(
+        loaded.model.config.vision.image_size_px,
+        augment=plan.settings.augment,
+        **models.pixel_stats(run),
+    )
+    feed = TrainFeed(
+        run.lake,
+        open_trainset(run.lake, rows),
+        transform,
+        batch_size=plan.settings.batch_size,
+        seed=run.settings.seed,
+        workers=run.settings.machine.decode_workers,
+    )
+    config = train_config(plan, run.settings.seed)
+    with SummaryWriter(run.scratch("tensorboard", f"{plan.name}-round-{plan.round}")) as board:
+
+        def on_log(log: TrainLog) -> None:
+            for name, value in dataclasses.asdict(log).items():
+                if name != "step" and value is not None:
+                    board.add_scalar(name, value, log.step)
+            on_progress(log.step, config.steps, f"loss {log.loss:.3f}")
+
+        try:
+            result = run_training(
+                loaded.model,
+                loaded.tokenizer,
+                feed,
+                config,
+                folder / "steps",
+                device=run.device,
+                on_log=on_log,
+            )
+        finally:
+            feed.close()
+    if feed.num_skipped:
+        logger.warning("%s: %d undecodable rows were passed over", plan.name, feed.num_skipped)
+    save_model(loaded.model, loaded.tokenizer, folder / FINAL)
+    return result.history
+
+
+def _curve(plan: TrainPlan, ref: ModelRef, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The history as rows of `metrics`: dataset train-<plan>, n = step."""
+    return [
+        {
+            "round": plan.round,
+            "model_id": ref.model_id,
+            "dataset": f"train-{plan.name}",
+            "metric": metric,
+            "value": value,
+            "n": line["step"],
+        }
+        for line in history
+        for metric, value in line.items()
+        if metric not in NOT_IN_CURVES and value is not None
+    ]
+
+
+def train_config(plan: TrainPlan, seed: int) -> TrainConfig:
+    """The core's configuration of a plan."""
+    fields = plan.settings.model_dump(exclude={"augment"})
+    return TrainConfig(objectives=plan.objectives, seed=seed, **fields)
+
+
+def _basis(run: Run, plan: TrainPlan, rows: TrainSetRef) -> dict[str, Any]:
+    """Everything that the weights depend on."""
+    not_data = {"checkpoint_every_steps", "log_every_steps"}
+    config = {
+        "train": plan.settings.model_dump(mode="json", exclude=not_data),
+        "model": run.settings.model.model_dump(mode="json"),
+        "objectives": list(plan.objectives),
+        "seed": run.settings.seed,
+        "tokenizer_of": plan.tokenizer_of.model_id if plan.tokenizer_of else None,
+    }
+    parent = plan.parent.model_id if plan.parent else ""
+    return basis_of(f"train-{plan.name}", STAGE_VERSION, config, [rows.fingerprint], parent)
+
+
+def _start(run: Run, plan: TrainPlan) -> LoadedModel:
+    """The model before its first step: the parent, or a new one."""
+    settings = run.settings.model
+    if plan.parent is not None:
+        size = settings.finetune_image_size_px
+        return models.load_copy(run, plan.parent, image_size_px=size)
+    if plan.tokenizer_of is not None:
+        tokenizer = models.load(run, plan.tokenizer_of).tokenizer
+    elif settings.tokenizer == "train":
+        tokenizer = MEDTokenizer.train(_texts(run.lake, plan.sql), settings.vocab_size)
+    else:
+        tokenizer = MEDTokenizer.from_pretrained(settings.tokenizer)
+    config = MEDConfig.preset(
+        settings.preset, vocab_size=tokenizer.vocab_size, image_size_px=settings.image_size_px
+    )
+    model = build_model(config, seed=run.settings.seed)
+    if settings.init_vision:
+        load_timm_weights(model.vision, Path(settings.init_vision))
+    if settings.init_text:
+        init_from_bert(model.text, Path(settings.init_text), lm_head=model.lm_head)
+    return LoadedModel(model=model.to(run.device), tokenizer=tokenizer, model_id="")
+
+
+def _texts(lake: Lake, sql: str) -> list[str]:
+    """The distinct texts of a training set, sorted: what a vocabulary is learned from."""
+    with connect(lake) as connection:
+        query = f"SELECT DISTINCT caption FROM ({sql}) WHERE caption IS NOT NULL ORDER BY caption"
+        return [row[0] for row in connection.execute(query).fetchall()]

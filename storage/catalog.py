@@ -1,0 +1,240 @@
+"""SQL over the lake: DuckDB views on committed parts, never on what lies beside them.
+
+`connect` for this program, `query` for strangers' SQL (fenced, read-only), `write_catalog` for the
+DuckDB CLI. The views are the files of `storage/sql`; DuckDB only reads.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from importlib.resources import files
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from storage import layout
+from storage.errors import ConfigError, LakeError, QueryRefused
+from storage.lake import Lake
+from storage.schemas import TABLES
+from storage.tables import PartRef, list_parts
+
+VIEWS = (
+    "images",
+    "models",
+    "verdicts",
+    "clean",
+    "rejected",
+    "human",
+    "heldout",
+    "raw",
+    "funnel",
+    "noise",
+    "lineage",
+    "compare_rounds",
+    "why",
+)
+"""The files of `storage/sql`, in the order in which they build on each other."""
+
+_VIEW_OF = {"models": "model_records"}
+"""Tables whose plain rows have another name, because a view adds columns to them."""
+
+
+def connect(
+    lake: Lake, memory_limit: str = "2GB", threads: int | None = None
+) -> duckdb.DuckDBPyConnection:
+    """An in-memory connection with all views over what is committed now."""
+    con = duckdb.connect(config=_config(lake, memory_limit, threads))
+    if not lake.root.is_local:
+        con.register_filesystem(lake.root.fs)
+    create_views(con, lake)
+    return con
+
+
+def create_views(con: duckdb.DuckDBPyConnection, lake: Lake) -> None:
+    """Make every view: the tables first, then the files of `storage/sql`."""
+    for table in TABLES:
+        name = _VIEW_OF.get(table, table)
+        con.execute(
+            f"CREATE OR REPLACE VIEW {name} AS {rows_of(lake, table, list_parts(lake, table, check=True))}"
+        )
+    con.execute(f"CREATE OR REPLACE VIEW active_policies AS {_active_policies(lake)}")
+    for view in VIEWS:
+        con.execute(files("storage").joinpath("sql", f"{view}.sql").read_text("utf-8"))
+
+
+def query(
+    lake: Lake,
+    sql: str,
+    params: Mapping[str, Any] | None = None,
+    memory_limit: str = "2GB",
+    threads: int | None = None,
+) -> pa.Table:
+    """The rows of one reading statement as an Arrow table.
+
+    Raises QueryRefused when the text is not exactly one statement that only reads, touches files
+    outside the lake, or fails.
+    """
+    batches = list(stream(lake, sql, params, memory_limit, threads))
+    return pa.Table.from_batches(batches[1:], schema=batches[0].schema)
+
+
+def stream(
+    lake: Lake,
+    sql: str,
+    params: Mapping[str, Any] | None = None,
+    memory_limit: str = "2GB",
+    threads: int | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """`query`, some rows at a time: an empty batch with the schema, then the rows."""
+    con = fenced(lake, memory_limit, threads)
+    try:
+        checked_statement(con, sql)
+        reader = con.sql(sql, params=dict(params) if params else None).to_arrow_reader(10_000)
+        yield pa.RecordBatch.from_arrays(
+            [pa.array([], f.type) for f in reader.schema], schema=reader.schema
+        )
+        yield from reader
+    except (duckdb.Error, pa.ArrowException) as err:
+        raise QueryRefused(f"the query failed: {err}") from err
+    finally:
+        con.close()
+
+
+def fenced(
+    lake: Lake, memory_limit: str = "2GB", threads: int | None = None
+) -> duckdb.DuckDBPyConnection:
+    """A connection for SQL of unknown origin: no files but the lake's, no settings to change.
+
+    DuckDB's fence still lets a statement write inside the lake, so each statement must pass
+    `checked_statement` too.
+    """
+    con = connect(lake, memory_limit, threads)
+    if lake.root.is_local:
+        con.execute(f"SET allowed_directories = [{_quoted(lake.root.base)}]")
+        con.execute("SET enable_external_access = false")
+    else:
+        con.execute("SET disabled_filesystems = 'LocalFileSystem'")
+    con.execute("SET lock_configuration = true")
+    return con
+
+
+def checked_statement(con: duckdb.DuckDBPyConnection, sql: str) -> None:
+    """QueryRefused unless `sql` is exactly one statement that only reads."""
+    try:
+        statements = con.extract_statements(sql)
+    except duckdb.Error as err:
+        raise QueryRefused(f"not SQL: {err}") from err
+    if len(statements) != 1:
+        raise QueryRefused(f"one statement at a time, please: there are {len(statements)}")
+    statement = statements[0]
+    if statement.type == duckdb.StatementType.EXPLAIN:
+        inner = _explained_text(statement.query)
+        return checked_statement(con, inner)
+    if statement.type != duckdb.StatementType.SELECT:
+        raise QueryRefused(
+            f"{statement.type.name} statements are refused: the lake is only read here; use "
+            "SELECT, WITH, FROM, DESCRIBE, SHOW or SUMMARIZE"
+        )
+    return None
+
+
+def write_catalog(lake: Lake) -> str | None:
+    """Write catalog.duckdb, whose views the DuckDB CLI opens; its path, None on a remote lake.
+
+    The file can be deleted and written again at any time; its views name absolute paths, so write
+    it again after moving the lake.
+    """
+    if not lake.root.is_local:
+        return None
+    with lake.root.staged(layout.CATALOG) as tmp:
+        with duckdb.connect(str(tmp), config=_config(lake, "2GB", 1)) as con:
+            create_views(con, lake)
+            con.execute("CHECKPOINT")
+        tmp.with_name(f"{tmp.name}.wal").unlink(missing_ok=True)
+    return layout.CATALOG
+
+
+def _config(lake: Lake, memory_limit: str, threads: int | None) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "memory_limit": memory_limit,
+        "preserve_insertion_order": False,
+        "autoinstall_known_extensions": False,
+        "TimeZone": "UTC",
+    }
+    if threads is not None:
+        if threads < 1:
+            raise ConfigError(f"threads must be 1 or more, got {threads}")
+        config["threads"] = threads
+    if lake.root.is_local and not lake.read_only:
+        config["temp_directory"] = str(lake.scratch("duckdb"))
+    return config
+
+
+def rows_of(lake: Lake, table: str, parts: list[PartRef]) -> str:
+    """SQL of the rows of some parts: an explicit list, or no row of the right types."""
+    schema = TABLES[table]
+    if not parts:
+        columns = ", ".join(f'CAST(NULL AS {_sql_type(f.type)}) AS "{f.name}"' for f in schema)
+        return f"SELECT {columns} WHERE false"
+    columns = ", ".join(f'"{f.name}"' for f in schema)
+    paths = ", ".join(_quoted(_address(lake, ref.path)) for ref in parts)
+    return f"SELECT {columns} FROM read_parquet([{paths}], hive_partitioning = false)"
+
+
+def _active_policies(lake: Lake) -> str:
+    """SQL of (round, policy): whose decisions count in each round."""
+    policies: dict[int, str] = {}
+    for ref in list_parts(lake, "decisions"):
+        assert ref.round is not None, f"{ref.path} has no round"
+        if ref.round not in policies:
+            policies[ref.round] = active_policy(lake, ref.round) or ref.name
+    if not policies:
+        return "SELECT CAST(NULL AS INTEGER) AS round, CAST(NULL AS VARCHAR) AS policy WHERE false"
+    rows = ", ".join(f"({round}, {_quoted(name)})" for round, name in policies.items())
+    return f"SELECT * FROM (VALUES {rows}) AS t(round, policy)"
+
+
+def active_policy(lake: Lake, round: int) -> str | None:
+    """The policy whose decisions count in a round, None when none was made to count."""
+    try:
+        return str(json.loads(lake.root.read_bytes(layout.round_policy(round)))["policy"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as err:
+        raise LakeError(
+            f"{lake.uri}/{layout.round_policy(round)} is not readable ({err}); run the decide "
+            "stage again"
+        ) from err
+
+
+def _address(lake: Lake, rel: str) -> str:
+    """A path as DuckDB reads it; fsspec's protocol leads to the registered file system."""
+    if lake.root.is_local:
+        return lake.root.path(rel)
+    return str(lake.root.fs.unstrip_protocol(lake.root.path(rel)))
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _sql_type(kind: pa.DataType) -> str:
+    names = {
+        pa.string(): "VARCHAR",
+        pa.int64(): "BIGINT",
+        pa.int32(): "INTEGER",
+        pa.float64(): "DOUBLE",
+        pa.bool_(): "BOOLEAN",
+    }
+    return "TIMESTAMP WITH TIME ZONE" if pa.types.is_timestamp(kind) else names[kind]
+
+
+def _explained_text(text: str) -> str:
+    """The statement inside an EXPLAIN; QueryRefused for EXPLAIN with options we do not know."""
+    words = text.split(None, 2)
+    rest = text.split(None, 1)[1] if len(words) > 1 else ""
+    if len(words) > 1 and words[1].upper() == "ANALYZE":
+        rest = words[2] if len(words) > 2 else ""
+    if rest.startswith("("):
+        raise QueryRefused("EXPLAIN with options is refused; use EXPLAIN SELECT ...")
+    return rest

@@ -1,0 +1,215 @@
+"""The root of a lake on any fsspec file system, with atomic writes.
+
+A path is posix and relative to the root. On a local disk a write goes to `_tmp-*` in the same
+folder, is synced, then renamed; on an object store it is one PUT. Readers therefore see the old
+bytes or the new ones, never half of either.
+"""
+
+import errno
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from storage.errors import ConfigError, NotWritable, StorageFull, TransientError
+
+TMP_PREFIX = "_tmp-"
+"""Names that begin so are unfinished writes: no listing shows them, `sweep` removes them."""
+
+Names = list[str]
+"""Sorted names or paths; spelt so because `Root.list` hides the builtin inside the class."""
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class Root:
+    """A folder on an fsspec file system; every path given to it is relative to that folder."""
+
+    def __init__(self, uri: str, storage_options: dict[str, Any] | None = None) -> None:
+        """Name the folder; nothing is created and nothing is read."""
+        try:
+            self.fs, base = fsspec.core.url_to_fs(uri, **(storage_options or {}))
+        except (ImportError, ValueError) as err:
+            raise ConfigError(
+                f"lake {uri!r}: no file system for this address ({err}); install the extra that "
+                "brings it (s3, gcs) or give a local folder"
+            ) from err
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+        self.base = os.path.abspath(base) if self.is_local else base.rstrip("/")
+        self.uri = self.base if self.is_local else uri.rstrip("/")
+
+    def __repr__(self) -> str:
+        return f"Root({self.uri!r})"
+
+    def path(self, rel: str) -> str:
+        """The full path of `rel` in the terms of the file system."""
+        parts = PurePosixPath(rel).parts
+        if ".." in parts or rel.startswith("/"):
+            raise ConfigError(f"path {rel!r} leaves the lake {self.uri}; give a path inside it")
+        return f"{self.base}/{rel}" if rel not in ("", ".") else self.base
+
+    def local_path(self, rel: str) -> Path | None:
+        """The path on this machine's disk, or None when the lake is not local."""
+        return Path(self.path(rel)) if self.is_local else None
+
+    def exists(self, rel: str) -> bool:
+        """Whether there is a file or folder of that name."""
+        with explained(self, rel):
+            return bool(self.fs.exists(self.path(rel)))
+
+    def size(self, rel: str) -> int:
+        """Bytes of a file; FileNotFoundError when absent."""
+        with explained(self, rel):
+            return int(self.fs.info(self.path(rel))["size"])
+
+    def open(self, rel: str) -> BinaryIO:
+        """Open a file for reading."""
+        with explained(self, rel):
+            return cast(BinaryIO, self.fs.open(self.path(rel), "rb"))
+
+    def read_bytes(self, rel: str) -> bytes:
+        """A whole file; FileNotFoundError when absent."""
+        with explained(self, rel):
+            return cast(bytes, self.fs.cat_file(self.path(rel)))
+
+    def read_range(self, rel: str, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`, fewer when the file ends before."""
+        with explained(self, rel):
+            return cast(bytes, self.fs.cat_file(self.path(rel), start=offset, end=offset + size))
+
+    def write_bytes(self, rel: str, data: bytes) -> None:
+        """Write a whole file, atomically."""
+        if not self.is_local:
+            with explained(self, rel):
+                self.fs.pipe_file(self.path(rel), data)
+            return
+        with self.staged(rel) as tmp, explained(self, rel):
+            tmp.write_bytes(data)
+
+    def put_file(self, local: Path, rel: str) -> None:
+        """Copy a local file into the lake, atomically."""
+        with explained(self, rel):
+            if self.is_local:
+                target = Path(self.path(rel))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                tmp = target.with_name(f"{TMP_PREFIX}{uuid.uuid4().hex}-{target.name}")
+                try:
+                    with local.open("rb") as source, tmp.open("wb") as sink:
+                        while block := source.read(1 << 20):
+                            sink.write(block)
+                    _publish(tmp, target)
+                finally:
+                    tmp.unlink(missing_ok=True)
+            else:
+                self.fs.put_file(str(local), self.path(rel))
+
+    @contextmanager
+    def staged(self, rel: str) -> Iterator[Path]:
+        """A local path to write to; it becomes `rel` when the block ends without an error."""
+        if not self.is_local:
+            with tempfile.TemporaryDirectory(prefix="bootstrap-") as folder:
+                tmp = Path(folder) / PurePosixPath(rel).name
+                yield tmp
+                self.put_file(tmp, rel)
+            return
+        target = Path(self.path(rel))
+        tmp = target.with_name(f"{TMP_PREFIX}{uuid.uuid4().hex}-{target.name}")
+        try:
+            with explained(self, rel):
+                target.parent.mkdir(parents=True, exist_ok=True)
+            yield tmp
+            with explained(self, rel):
+                _publish(tmp, target)
+        finally:
+            with explained(self, rel):
+                tmp.unlink(missing_ok=True)
+
+    def get_file(self, rel: str, local: Path) -> None:
+        """Copy a file of the lake to this machine's disk, atomically."""
+        local.parent.mkdir(parents=True, exist_ok=True)
+        tmp = local.with_name(f"{TMP_PREFIX}{uuid.uuid4().hex}-{local.name}")
+        try:
+            with explained(self, rel):
+                self.fs.get_file(self.path(rel), str(tmp))
+                _publish(tmp, local)
+        finally:
+            tmp.unlink(missing_ok=True)
+
+    def list(self, rel_dir: str) -> Names:
+        """Sorted names in a folder, unfinished writes excluded; empty when it is absent."""
+        with explained(self, rel_dir):
+            names = [PurePosixPath(p).name for p in self._ls(rel_dir)]
+        return sorted(n for n in names if not n.startswith(TMP_PREFIX))
+
+    def list_recursive(self, rel_dir: str) -> Names:
+        """Sorted relative paths of all files below a folder, unfinished writes excluded."""
+        with explained(self, rel_dir):
+            self.fs.invalidate_cache()
+            found = self.fs.find(self.path(rel_dir))
+        prefix = len(self.path("").rstrip("/")) + 1
+        rels = (str(p)[prefix:] for p in found)
+        return sorted(r for r in rels if not PurePosixPath(r).name.startswith(TMP_PREFIX))
+
+    def remove(self, rel: str) -> None:
+        """Remove a file or a folder with what is in it; nothing happens when it is absent."""
+        with explained(self, rel):
+            if self.fs.exists(self.path(rel)):
+                self.fs.rm(self.path(rel), recursive=True)
+
+    def sweep(self, rel_dir: str) -> int:
+        """Remove unfinished writes below a folder (hold the lake's lock); how many there were."""
+        with explained(self, rel_dir):
+            self.fs.invalidate_cache()
+            found = [str(p) for p in self.fs.find(self.path(rel_dir))]
+            tmp = [p for p in found if PurePosixPath(p).name.startswith(TMP_PREFIX)]
+            for path in tmp:
+                self.fs.rm_file(path)
+        return len(tmp)
+
+    def _ls(self, rel_dir: str) -> Names:
+        self.fs.invalidate_cache()
+        try:
+            return [str(p).rstrip("/") for p in self.fs.ls(self.path(rel_dir), detail=False)]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+@contextmanager
+def explained(root: Root, rel: str) -> Iterator[None]:
+    """Turn what the file system says into an error with the path and a remedy."""
+    where = f"{root.uri}/{rel}".rstrip("/")
+    try:
+        yield
+    except (ConnectionError, TimeoutError) as err:
+        raise TransientError(f"{where}: {err}; it may pass, try again") from err
+    except OSError as err:
+        if err.errno in _FULL:
+            raise StorageFull(
+                f"{where}: no space left ({os.strerror(err.errno or 0)}); free some space and run "
+                "the same command again: what is committed stays, the rest is made anew"
+            ) from err
+        if err.errno in _DENIED:
+            raise NotWritable(
+                f"{where}: {os.strerror(err.errno or 0)}; give this user the right to write there, "
+                "or name another lake"
+            ) from err
+        raise
+
+
+def _publish(tmp: Path, target: Path) -> None:
+    """Make `tmp` durable, then let it take the place of `target`."""
+    with tmp.open("rb+") as f:
+        os.fsync(f.fileno())
+    tmp.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

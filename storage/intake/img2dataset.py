@@ -1,0 +1,350 @@
+"""img2dataset under supervision: a list of URLs goes in, finished shards come out, or an error.
+
+img2dataset cannot be left alone: it ends with status 0 whatever happened, waits for ever for a
+worker that was killed, and leaves torn files behind. So nothing it says is believed. A shard
+counts when its statistics, its Parquet file and its tar are whole; a run that ends early, or stops
+moving, is ended and begun again on what is missing.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import site
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import storage
+from storage.errors import ConfigError, IntakeError, StorageFull
+from storage.intake import launch_img2dataset as launcher
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.2
+
+Progress = Callable[[int, int], None]
+"""Called with rows done and rows in all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DownloadConfig:
+    """What is fetched, what is kept of it, and how hard it is tried."""
+
+    image_size_px: int | None = None
+    """Shrink the shorter side of larger images to this, re-encoded as JPEG; None stores the bytes
+    as they were served. Some damage to an image is only seen in the bytes as served."""
+    min_image_side_px: int = 1
+    max_image_pixels: int = 100_000_000
+    max_image_bytes: int = 50_000_000
+    """Reading a response stops there."""
+    timeout_s: float = 10.0
+    """Silence of a server after which a request fails."""
+    request_deadline_s: float = 60.0
+    """Bound on reading a whole response, however steadily it drips."""
+    user_agent_token: str = "blip-bootstrap"
+    """What the fetcher calls itself; servers can opt it out by this name."""
+    disallowed_headers: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
+    """X-Robots-Tag directives that opt an image out."""
+    http_proxy: str | None = None
+    """Proxy for http addresses; None takes the environment's."""
+    processes: int = 1
+    threads: int = 16
+    """Requests at once in each process."""
+    shard_rows: int = 1000
+    """Rows of the list that one shard holds."""
+    slice_rows: int = 1_000_000
+    """Rows of the list that one run of img2dataset is given."""
+    stall_timeout_s: float = 120.0
+    """Time without any progress after which a run is ended and begun again."""
+    max_restarts: int = 3
+    """Restarts in a row that may fail to finish a single shard more."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in (
+            "min_image_side_px",
+            "max_image_pixels",
+            "max_image_bytes",
+            "processes",
+            "threads",
+            "shard_rows",
+            "slice_rows",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("timeout_s", "request_deadline_s", "stall_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)}")
+        if self.image_size_px is not None and self.image_size_px < 1:
+            raise ConfigError(f"image_size_px must be 1 or more, got {self.image_size_px}")
+        if self.max_restarts < 0:
+            raise ConfigError(f"max_restarts must be 0 or more, got {self.max_restarts}")
+
+    def data_settings(self) -> dict[str, Any]:
+        """The fields that shape what is stored, as against how it is fetched."""
+        return {
+            "image_size_px": self.image_size_px,
+            "min_image_side_px": self.min_image_side_px,
+            "max_image_pixels": self.max_image_pixels,
+            "max_image_bytes": self.max_image_bytes,
+            "user_agent_token": self.user_agent_token,
+            "disallowed_headers": list(self.disallowed_headers),
+            "shard_rows": self.shard_rows,
+        }
+
+
+def download(
+    slice_parquet: Path,
+    folder: Path,
+    config: DownloadConfig,
+    on_progress: Progress | None = None,
+) -> None:
+    """Fetch every row (columns row, url) of a Parquet file into img2dataset shards in `folder`.
+
+    What is finished there is not fetched again. Returns when all shards are whole. Raises
+    IntakeError when restarts bring nothing more, StorageFull when the disk is full.
+    """
+    num_rows = pq.read_metadata(slice_parquet).num_rows
+    num_shards = math.ceil(num_rows / config.shard_rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    end_leftovers(folder)
+    done = sweep_unfinished(folder, num_shards)
+    restarts_left = config.max_restarts
+    while done < num_shards:
+        why = _run(slice_parquet, folder, config, num_rows, num_shards, on_progress)
+        end_leftovers(folder)
+        before, done = done, sweep_unfinished(folder, num_shards)
+        if done == num_shards:
+            break
+        restarts_left = config.max_restarts if done > before else restarts_left - 1
+        _check_disk(folder)
+        if restarts_left < 0:
+            raise IntakeError(
+                f"img2dataset {why}; {done} of {num_shards} shards are whole and "
+                f"{config.max_restarts} restarts brought no more. Its last words, from "
+                f"{folder / 'img2dataset.log'}: {_last_words(folder)}; mend that and run the same "
+                "command again: it goes on with the missing shards"
+            )
+        logger.warning("img2dataset %s; restarting, %d of %d shards", why, done, num_shards)
+    if on_progress is not None:
+        on_progress(num_rows, num_rows)
+
+
+def shard_paths(folder: Path, shard: int) -> tuple[Path, Path, Path]:
+    """Tar, Parquet and statistics of one of img2dataset's shards."""
+    return (
+        folder / f"{shard:05d}.tar",
+        folder / f"{shard:05d}.parquet",
+        folder / f"{shard:05d}_stats.json",
+    )
+
+
+def sweep_unfinished(folder: Path, num_shards: int) -> int:
+    """Remove what is left of shards that are not whole; how many are whole."""
+    whole = 0
+    for shard in range(num_shards):
+        if is_whole(folder, shard):
+            whole += 1
+            continue
+        for path in shard_paths(folder, shard):
+            path.unlink(missing_ok=True)
+    shutil.rmtree(folder / "_tmp", ignore_errors=True)
+    return whole
+
+
+def is_whole(folder: Path, shard: int) -> bool:
+    """Statistics, Parquet file and tar are all there and readable to their ends."""
+    tar, parquet, stats = shard_paths(folder, shard)
+    if not (tar.exists() and parquet.exists() and stats.exists()):
+        return False
+    try:
+        json.loads(stats.read_bytes())
+        rows = pq.read_table(parquet, columns=["key", "status"])
+        stored = tar_index(tar)
+    except (ValueError, OSError, pa.ArrowException, tarfile.TarError) as err:
+        logger.warning("shard %05d in %s is torn (%s): fetching it again", shard, folder, err)
+        return False
+    fetched = (k for k, s in zip(*rows.to_pydict().values(), strict=True) if s == "success")
+    return all(key in stored for key in fetched)
+
+
+def tar_index(path: Path) -> dict[str, tuple[int, int]]:
+    """Offset and size of each image by its key; tarfile.TarError when the tar breaks off."""
+    found: dict[str, tuple[int, int]] = {}
+    size = path.stat().st_size
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.offset_data + member.size > size:
+                raise tarfile.ReadError(f"{member.name} breaks off")
+            key, _, ext = member.name.partition(".")
+            if ext not in ("json", "txt"):
+                found[key] = (member.offset_data, member.size)
+    return found
+
+
+def end_leftovers(folder: Path) -> None:
+    """Kill processes of an earlier download into this folder, whoever started them.
+
+    They carry the folder in their environment, so nothing else can be hit. Elsewhere than on
+    Linux this does nothing, and a process outlives its parent by one shard at most.
+    """
+    mark = f"{launcher.OWNER}={folder.resolve()}".encode()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
+                os.kill(int(entry.name), signal.SIGKILL)
+        except (OSError, ValueError):
+            continue  # ended meanwhile, or another user's
+
+
+def _run(
+    slice_parquet: Path,
+    folder: Path,
+    config: DownloadConfig,
+    num_rows: int,
+    num_shards: int,
+    on_progress: Progress | None,
+) -> str:
+    """One run of img2dataset, until all shards have statistics or it fails; what happened."""
+    answered = folder / "requests"
+    answered.write_bytes(b"")
+    moved_at, last = time.monotonic(), (-1, -1, -1)
+    with _started(slice_parquet, folder, config, answered) as process:
+        while True:
+            stats, tar_bytes = _finished(folder)
+            seen = (answered.stat().st_size, stats, tar_bytes)
+            if stats >= num_shards:
+                return "is done"
+            if process.poll() is not None:
+                died = process.returncode == launcher.WORKER_DIED
+                return "lost a worker" if died else f"ended early (status {process.returncode})"
+            if seen != last:
+                moved_at, last = time.monotonic(), seen
+                if on_progress is not None:
+                    on_progress(min(seen[0], num_rows), num_rows)
+            if time.monotonic() - moved_at > config.stall_timeout_s:
+                return f"made no progress for {config.stall_timeout_s:g} s"
+            time.sleep(POLL_S)
+
+
+@contextmanager
+def _started(
+    slice_parquet: Path, folder: Path, config: DownloadConfig, answered: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A running img2dataset in a process group of its own; the group is gone afterwards."""
+    log: BinaryIO
+    with (folder / "img2dataset.log").open("ab") as log:
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-P",
+                "-c",
+                f"from {launcher.__name__} import main; main()",
+                json.dumps(_arguments(slice_parquet, folder, config)),
+            ],
+            env=_environment(folder, config, answered),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            logger.debug("img2dataset %d had ended", process.pid)
+        process.wait()
+
+
+def _arguments(slice_parquet: Path, folder: Path, config: DownloadConfig) -> dict[str, Any]:
+    """Arguments of img2dataset.download."""
+    arguments: dict[str, Any] = {
+        "url_list": str(slice_parquet),
+        "input_format": "parquet",
+        "url_col": "url",
+        "save_additional_columns": ["row"],
+        "output_folder": str(folder),
+        "output_format": "webdataset",
+        "number_sample_per_shard": config.shard_rows,
+        "processes_count": config.processes,
+        "thread_count": config.threads,
+        "timeout": config.timeout_s,
+        "retries": 0,
+        "compute_hash": "sha256",
+        "extract_exif": False,
+        "enable_wandb": False,
+        "incremental_mode": "incremental",
+        "max_shard_retry": 0,
+        "user_agent_token": config.user_agent_token,
+        "disallowed_header_directives": list(config.disallowed_headers),
+    }
+    if config.image_size_px is None:
+        return arguments | {"disable_all_reencoding": True}
+    return arguments | {
+        "image_size": config.image_size_px,
+        "resize_mode": "keep_ratio",
+        "resize_only_if_bigger": True,
+        "skip_reencode": True,
+        "min_image_size": config.min_image_side_px,
+        "max_image_area": config.max_image_pixels,
+    }
+
+
+def _environment(folder: Path, config: DownloadConfig, answered: Path) -> dict[str, str]:
+    env = os.environ | {
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+        launcher.OWNER: str(folder.resolve()),
+        launcher.PROGRESS_FILE: str(answered),
+        launcher.MAX_BYTES: str(config.max_image_bytes),
+        launcher.DEADLINE_S: str(config.request_deadline_s),
+    }
+    if config.http_proxy is not None:
+        env |= {"http_proxy": config.http_proxy, "HTTP_PROXY": config.http_proxy, "no_proxy": ""}
+    home = str(Path(storage.__file__).parents[1])
+    if home not in site.getsitepackages():
+        # Site-packages must never be put before the standard library.
+        env["PYTHONPATH"] = os.pathsep.join(p for p in (home, env.get("PYTHONPATH", "")) if p)
+    return env
+
+
+def _finished(folder: Path) -> tuple[int, int]:
+    """How many shards have statistics, and the bytes of all tars."""
+    stats = tar_bytes = 0
+    for entry in os.scandir(folder):
+        stats += entry.name.endswith("_stats.json")
+        if entry.name.endswith(".tar"):
+            tar_bytes += entry.stat().st_size
+    return stats, tar_bytes
+
+
+def _check_disk(folder: Path) -> None:
+    """StorageFull when that is why img2dataset failed: it only prints it."""
+    if "No space left on device" in _last_words(folder, 20_000):
+        raise StorageFull(
+            f"{folder}: no space left; free some space and run the same command again: what is "
+            "finished stays"
+        )
+
+
+def _last_words(folder: Path, num_bytes: int = 600) -> str:
+    log = folder / "img2dataset.log"
+    if not log.exists():
+        return "none"
+    with log.open("rb") as f:
+        f.seek(max(log.stat().st_size - num_bytes, 0))
+        return " ".join(f.read().decode("utf-8", "replace").split())

@@ -1,0 +1,138 @@
+"""The plan of an intake: the user's list, read once, sorted into what to fetch and what not.
+
+Lists may be larger than memory: they go through a Parquet file on this machine's disk, and DuckDB
+finds what is known and what repeats.
+"""
+
+import json
+import logging
+import urllib.parse
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage import catalog, ids
+from storage.intake.url_list import ListRow, UrlListConfig, open_table
+from storage.lake import Lake
+from storage.tables import PartRef
+
+logger = logging.getLogger(__name__)
+
+LISTED = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("key", pa.string()),
+        ("source_name", pa.string()),
+        ("url", pa.string()),
+        ("fetch_url", pa.string()),
+        ("alt_text", pa.string()),
+        ("licence", pa.string()),
+        ("extra", pa.string()),
+        ("bad_text", pa.string()),
+        ("bad_url", pa.string()),
+    ]
+)
+
+_SAFE = "%/:=&?~#+!$,;'@()*[]"
+"""What stays as it is in an address that is made fit for HTTP."""
+
+
+class Plan:
+    """Numbered rows of a list that are new to the lake, on disk."""
+
+    def __init__(self, path: Path, num_listed: int) -> None:
+        self.path = path
+        self.num_rows: int = pq.read_metadata(path).num_rows
+        self.num_known = num_listed - self.num_rows
+        """Rows that the lake has from an earlier round."""
+
+    def rows(self, begin: int, end: int) -> list[dict[str, Any]]:
+        """Rows begin to end - 1; keep it to a shard's worth."""
+        with duckdb.connect() as con:
+            rows = con.sql(
+                "SELECT * FROM read_parquet($path) WHERE n >= $begin AND n < $end ORDER BY n",
+                params={"path": str(self.path), "begin": begin, "end": end},
+            )
+            return cast(list[dict[str, Any]], rows.to_arrow_table().to_pylist())
+
+    def write_fetch_list(self, path: Path, ranges: list[tuple[int, int]]) -> None:
+        """A Parquet file (row, url) of what is to be fetched in ranges of row numbers."""
+        wanted = " OR ".join(f"(n >= {begin} AND n < {end})" for begin, end in ranges)
+        tmp = path.with_name(f"_tmp-{path.name}")
+        with duckdb.connect() as con:
+            con.execute(
+                "COPY (SELECT n AS row, fetch_url AS url FROM read_parquet($source) "
+                f"WHERE status IS NULL AND ({wanted}) ORDER BY n) TO '{_escaped(tmp)}' "
+                "(FORMAT parquet)",
+                {"source": str(self.path)},
+            )
+        tmp.replace(path)
+
+
+def make_plan(lake: Lake, config: UrlListConfig, earlier: list[PartRef], folder: Path) -> Plan:
+    """Read the list and write its plan into `folder`; `earlier` are pairs of other rounds."""
+    listed, plan = folder / "listed.parquet", folder / "plan.parquet"
+    num_listed = _write_listed(config, listed)
+    with catalog.connect(lake) as con:
+        con.execute(f"CREATE TEMP VIEW listed AS FROM read_parquet('{_escaped(listed)}')")
+        con.execute(f"CREATE TEMP VIEW known AS {catalog.rows_of(lake, 'pairs', earlier)}")
+        con.execute(files("storage").joinpath("intake", "plan.sql").read_text("utf-8"))
+        con.execute(f"COPY (FROM plan ORDER BY n) TO '{_escaped(plan)}' (FORMAT parquet)")
+    made = Plan(plan, num_listed)
+    listed.unlink()
+    logger.info("%s: %d rows, %d of them known", config.path, num_listed, made.num_known)
+    return made
+
+
+def _write_listed(config: UrlListConfig, path: Path) -> int:
+    num_rows = 0
+    with pq.ParquetWriter(path, LISTED, compression="zstd") as writer:
+        for batch in open_table(config.path, config.columns()):
+            rows = list(_listed(config, batch))
+            num_rows += len(rows)
+            writer.write_table(pa.Table.from_pylist(rows, schema=LISTED))
+    return num_rows
+
+
+def _listed(config: UrlListConfig, batch: list[ListRow]) -> Iterator[dict[str, Any]]:
+    for row in batch:
+        url, alt_text = row.values.get("url"), row.values.get("alt_text")
+        source_name = row.values.get("source_name") or config.name
+        # A row without an address still needs a key of its own.
+        address = url if url else f"row {row.position}"
+        fetch_url, problem = _fit_for_http(url)
+        yield {
+            "row": row.position,
+            "key": ids.pair_key(source_name, address, alt_text),
+            "source_name": source_name,
+            "url": url,
+            "fetch_url": fetch_url,
+            "alt_text": alt_text,
+            "licence": row.values.get("licence"),
+            "extra": json.dumps(row.extra, sort_keys=True, default=str) if row.extra else None,
+            "bad_text": row.bad,
+            "bad_url": problem,
+        }
+
+
+def _fit_for_http(url: str | None) -> tuple[str | None, str | None]:
+    """The address with spaces and other scripts percent-encoded, or what is wrong with it."""
+    if not url or not url.strip():
+        return None, "no address"
+    fit = urllib.parse.quote(url.strip(), safe=_SAFE)
+    try:
+        parts = urllib.parse.urlsplit(fit)
+    except ValueError as err:
+        return None, str(err)
+    if parts.scheme.lower() not in ("http", "https") or not parts.netloc:
+        return None, "not an http or https address"
+    return fit, None
+
+
+def _escaped(path: Path) -> str:
+    return str(path).replace("'", "''")

@@ -1,0 +1,222 @@
+"""Tables of the user's (Parquet, CSV, JSONL), read some rows at a time; a bad row is a row.
+
+CSV and JSONL are read as bytes and decoded row by row, so text that is not UTF-8 spoils its own
+row and no other.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from storage.errors import ConfigError, EmptyInput, MissingColumn
+
+BATCH_ROWS = 10_000
+
+csv.field_size_limit(16 << 20)
+
+
+@dataclass(slots=True)
+class ListRow:
+    """One row of a user's table: the wanted columns by our names, the others as they are."""
+
+    position: int
+    values: dict[str, str | None]
+    extra: dict[str, Any]
+    bad: str | None = None
+    """Why its text cannot be used; None when it can."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UrlListConfig:
+    """Where the list of URLs is, and what its columns are called."""
+
+    path: str
+    """A Parquet, CSV or JSONL file; a local path or an fsspec URI."""
+    name: str = "web"
+    """The source_name of rows that do not name their own."""
+    url_column: str = "url"
+    alt_text_column: str = "alt_text"
+    source_name_column: str | None = None
+    """Column that names each row's source; None gives all rows `name`."""
+    licence_column: str | None = None
+
+    def columns(self) -> dict[str, str]:
+        """Their column names, to ours."""
+        named = {self.url_column: "url", self.alt_text_column: "alt_text"}
+        if self.source_name_column is not None:
+            named[self.source_name_column] = "source_name"
+        if self.licence_column is not None:
+            named[self.licence_column] = "licence"
+        return named
+
+
+def open_table(path: str | Path, columns: Mapping[str, str]) -> Iterator[list[ListRow]]:
+    """The rows of a table, up to BATCH_ROWS at a time; `columns` maps their names to ours.
+
+    Raises ConfigError for a file that is absent or of another kind, EmptyInput when it has no
+    row, MissingColumn when a named column is absent.
+    """
+    name = str(path)
+    read = _reader_of(name)
+    try:
+        with fsspec.open(name, "rb", compression="infer") as f:
+            position = 0
+            for batch in read(cast(BinaryIO, f), name, columns):
+                position += len(batch)
+                yield batch
+    except FileNotFoundError as err:
+        raise ConfigError(f"{name} does not exist; check the path") from err
+    except (PermissionError, IsADirectoryError) as err:
+        raise ConfigError(f"{name} cannot be read: {err.strerror}; name a readable file") from err
+    if position == 0:
+        raise EmptyInput(f"{name} has no row; give a list with at least one")
+
+
+_Reader = Callable[[BinaryIO, str, Mapping[str, str]], Iterator[list[ListRow]]]
+
+
+def _reader_of(name: str) -> _Reader:
+    kinds: dict[str, _Reader] = {
+        ".parquet": _read_parquet,
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".jsonl": _read_jsonl,
+        ".ndjson": _read_jsonl,
+    }
+    stem = name.lower().removesuffix(".gz")
+    for suffix, read in kinds.items():
+        if stem.endswith(suffix):
+            return read
+    raise ConfigError(f"{name}: the ending tells the kind; it must be one of {', '.join(kinds)}")
+
+
+def _read_parquet(f: BinaryIO, name: str, columns: Mapping[str, str]) -> Iterator[list[ListRow]]:
+    try:
+        file = pq.ParquetFile(f)
+        _check_columns(name, file.schema_arrow.names, columns)
+        position = 0
+        for batch in file.iter_batches(BATCH_ROWS):
+            rows = [_row(position + i, record, columns) for i, record in enumerate(_records(batch))]
+            position += len(rows)
+            yield rows
+    except (pa.ArrowInvalid, OSError) as err:
+        raise ConfigError(f"{name} is not a readable Parquet file: {err}") from err
+
+
+def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Rows of a batch; text that is not UTF-8 comes as bytes, for `_row` to judge."""
+    try:
+        return cast(list[dict[str, Any]], batch.to_pylist())
+    except UnicodeDecodeError:
+        columns = {
+            field.name: (
+                column.cast(pa.binary()) if pa.types.is_string(field.type) else column
+            ).to_pylist()
+            for field, column in zip(batch.schema, batch.columns, strict=True)
+        }
+        return [
+            dict(zip(columns, values, strict=True))
+            for values in zip(*columns.values(), strict=True)
+        ]
+
+
+def _read_csv(f: BinaryIO, name: str, columns: Mapping[str, str]) -> Iterator[list[ListRow]]:
+    # surrogateescape keeps undecodable bytes within their own field.
+    text = io.TextIOWrapper(f, "utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, delimiter="\t" if ".tsv" in name.lower() else ",")
+    header = next(reader, None)
+    if header is None:
+        raise EmptyInput(f"{name} is empty; give a list with a header line and at least one row")
+    _check_columns(name, header, columns)
+    rows: list[ListRow] = []
+    try:
+        for position, fields in enumerate(line for line in reader if line):
+            padded = fields + [""] * (len(header) - len(fields))
+            row = _row(position, dict(zip(header, padded, strict=False)), columns)
+            if len(fields) != len(header):
+                row.bad = f"{len(fields)} fields where the header has {len(header)}"
+            rows.append(row)
+            if len(rows) == BATCH_ROWS:
+                yield rows
+                rows = []
+    except csv.Error as err:
+        raise ConfigError(f"{name}, line {reader.line_num}: {err}; correct that line") from err
+    if rows:
+        yield rows
+
+
+def _read_jsonl(f: BinaryIO, name: str, columns: Mapping[str, str]) -> Iterator[list[ListRow]]:
+    rows: list[ListRow] = []
+    found: set[str] = set()
+    lines = (line for line in f if line.strip())
+    for position, line in enumerate(lines):
+        row = _json_row(position, line, columns)
+        found |= {theirs for theirs, ours in columns.items() if ours in row.values}
+        rows.append(row)
+        if len(rows) == BATCH_ROWS:
+            _check_columns(name, found, columns)
+            yield rows
+            rows = []
+    if rows:
+        _check_columns(name, found, columns)
+        yield rows
+
+
+def _json_row(position: int, line: bytes, columns: Mapping[str, str]) -> ListRow:
+    text = line.decode("utf-8", "surrogateescape")
+    try:
+        record = json.loads(text)
+    except ValueError as err:
+        return ListRow(position, {}, {}, bad=f"not JSON: {err}")
+    if not isinstance(record, dict):
+        return ListRow(position, {}, {}, bad=f"not a JSON object: {text.strip()[:40]}")
+    return _row(position, record, columns)
+
+
+def _row(position: int, record: Mapping[str, Any], columns: Mapping[str, str]) -> ListRow:
+    """Sort a record into what we want and the rest, and judge its text."""
+    row = ListRow(position, {}, {})
+    for theirs, value in record.items():
+        ours = columns.get(theirs)
+        text, problem = _clean(value)
+        if problem is not None and row.bad is None:
+            row.bad = f"column {theirs}: {problem}"
+        if ours is None:
+            row.extra[theirs] = text if isinstance(value, bytes | str) else value
+        else:
+            row.values[ours] = text
+    return row
+
+
+def _clean(value: Any) -> tuple[str | None, str | None]:
+    """A value as text that can be stored, and what was wrong with it."""
+    if value is None:
+        return None, None
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
+    text = value if isinstance(value, str) else str(value)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as err:
+        safe = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return safe, f"not UTF-8 at character {err.start}"
+    if "\x00" in text:
+        return text.replace("\x00", " "), "holds a NUL character"
+    return text, None
+
+
+def _check_columns(name: str, found: Any, columns: Mapping[str, str]) -> None:
+    absent = [theirs for theirs in columns if theirs not in found]
+    if absent:
+        raise MissingColumn(
+            f"{name} has no column {absent[0]!r}; it has {', '.join(map(str, found)) or 'none'}: "
+            "name the right one in the settings"
+        )

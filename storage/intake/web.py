@@ -1,0 +1,336 @@
+"""URL lists into the lake: planned, fetched by img2dataset, packed into shards, one row each.
+
+A list goes through in slices, a slice in parts of `shard_rows` rows. A part is one shard with its
+pairs and its web captions, made from what was fetched; when it is committed it is never fetched
+again. Killed anywhere, the same call goes on where it was and ends with the same tables, all but
+the column fetched_at.
+"""
+
+import hashlib
+import logging
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import fsspec
+
+from storage import ids, layout
+from storage.errors import ConfigError, EmptyInput
+from storage.fingerprint import Basis, basis_of, explain, fingerprint_of
+from storage.intake.fetched import Download, Results
+from storage.intake.images import inspect_image
+from storage.intake.img2dataset import DownloadConfig, download
+from storage.intake.plan import Plan, make_plan
+from storage.intake.records import IntakeRecord, finished_intake, remember_intake
+from storage.intake.seen import SeenImages
+from storage.intake.url_list import UrlListConfig
+from storage.lake import Lake
+from storage.schemas import OK
+from storage.shards import Sample, write_shard
+from storage.tables import (
+    Clock,
+    Counts,
+    OnStale,
+    PartRef,
+    commit_part,
+    committed_part,
+    drop_part,
+    iter_part,
+    list_parts,
+    part_manifest,
+    rows_table,
+)
+
+logger = logging.getLogger(__name__)
+
+STAGE_VERSION = 1
+
+Progress = Callable[[int, int], None]
+"""Called with rows done and rows in all."""
+
+
+def ingest_urls(
+    lake: Lake,
+    url_list: UrlListConfig,
+    config: DownloadConfig,
+    *,
+    round: int,
+    on_stale: OnStale = "error",
+    on_progress: Progress | None = None,
+) -> list[PartRef]:
+    """Bring a list of URLs into the lake as this round's; its pairs parts, then its captions parts.
+
+    Rows that the lake has from another round are skipped; with nothing new the answer is [].
+    Raises MissingColumn, EmptyInput (an empty list, or no image in the whole lake afterwards),
+    StaleOutput (this round took in something else), IntakeError, StorageFull.
+    """
+    intake = _Intake(lake, url_list, config, round, on_stale)
+    done = finished_intake(lake, round, "web", intake.basis, on_stale)
+    if done is not None:
+        return list(done.parts)
+    intake.drop_outdated()
+    folder = lake.scratch("ingest", fingerprint_of(intake.basis))
+    plan = make_plan(lake, url_list, intake.earlier, folder)
+    parts = intake.run(plan, folder, on_progress)
+    if _num_ok(lake, [*intake.earlier, *parts]) == 0:
+        raise EmptyInput(
+            f"{url_list.path}: none of its {plan.num_rows} URLs gave an image "
+            f"({_outcomes(lake, parts)}); check the network, the proxy and the list, then run the "
+            "same command again: they are fetched anew"
+        )
+    remember_intake(lake, round, "web", IntakeRecord(basis=intake.basis, parts=tuple(parts)))
+    shutil.rmtree(folder, ignore_errors=True)
+    return parts
+
+
+class _Intake:
+    """One intake: its settings, and what the lake has already."""
+
+    def __init__(
+        self,
+        lake: Lake,
+        url_list: UrlListConfig,
+        config: DownloadConfig,
+        round: int,
+        on_stale: OnStale,
+    ) -> None:
+        self.lake, self.config, self.on_stale = lake, config, on_stale
+        self.source = f"web-{round:04d}"
+        everything = [p for p in list_parts(lake, "pairs") if p.name.startswith("web-")]
+        self.own = [p for p in everything if p.name.startswith(f"{self.source}-")]
+        self.earlier = [p for p in everything if p not in self.own]
+        settings = config.data_settings() | {
+            "name": url_list.name,
+            "columns": {ours: theirs for theirs, ours in url_list.columns().items()},
+        }
+        inputs = [f"list {_list_sha256(url_list.path)}", *(p.fingerprint for p in self.earlier)]
+        self.basis: Basis = basis_of("ingest_urls", STAGE_VERSION, settings, inputs)
+
+    def drop_outdated(self) -> None:
+        """Forget what this round took in before, when it was all dead or is to be rebuilt."""
+        bases = [part_manifest(self.lake, ref).basis for ref in self.own]
+        changed = any(explain(b.get("intake", {}), self.basis) for b in bases)
+        dead = self.own and _num_ok(self.lake, self.own) == 0
+        if dead or (changed and self.on_stale == "rebuild"):
+            texts = list_parts(self.lake, "captions", 0)
+            for ref in [*self.own, *(t for t in texts if t.name.startswith(f"{self.source}-"))]:
+                drop_part(self.lake, ref)
+            self.own = []
+
+    def run(self, plan: Plan, folder: Path, on_progress: Progress | None) -> list[PartRef]:
+        """All parts, slice by slice; the pairs first, then the captions."""
+        size = self.config.shard_rows
+        num_parts = math.ceil(plan.num_rows / size)
+        per_slice = max(self.config.slice_rows // size, 1)
+        pairs: list[PartRef] = []
+        captions: list[PartRef] = []
+        with SeenImages(folder) as seen:
+            for ref in self.earlier:
+                _remember(self.lake, ref, seen)
+            for first in range(0, num_parts, per_slice):
+                indices = range(first, min(first + per_slice, num_parts))
+                fetched = self._fetch(plan, indices, folder, on_progress)
+                for index in indices:
+                    made = self._part(plan, index, fetched, seen)
+                    pairs.append(made[0])
+                    captions.append(made[1])
+                shutil.rmtree(_slice_folder(folder, first), ignore_errors=True)
+        return [*pairs, *captions]
+
+    def _fetch(
+        self, plan: Plan, indices: range, folder: Path, on_progress: Progress | None
+    ) -> Download | None:
+        """Fetch a slice, or go on fetching it; None when all its parts are committed."""
+        missing = [i for i in indices if self._committed(i) is None]
+        if not missing:
+            return None
+        size = self.config.shard_rows
+        slice_folder = _slice_folder(folder, indices.start)
+        slice_folder.mkdir(parents=True, exist_ok=True)
+        fetch_list = slice_folder / "fetch.parquet"
+        if not fetch_list.exists():
+            ranges = _joined([(i * size, (i + 1) * size) for i in missing])
+            plan.write_fetch_list(fetch_list, ranges)
+        before = indices.start * size
+
+        def report(done: int, num: int) -> None:
+            if on_progress is not None:
+                share = done / num if num else 1.0
+                rows = min(len(indices) * size, plan.num_rows - before)
+                on_progress(before + int(share * rows), plan.num_rows)
+
+        download(fetch_list, slice_folder / "img2dataset", self.config, report)
+        return Download(fetch_list, slice_folder / "img2dataset", size)
+
+    def _committed(self, index: int) -> tuple[PartRef, PartRef] | None:
+        """Both parts of a shard when they are committed, StaleOutput when from something else."""
+        name, basis = layout.part_name(self.source, index), self._part_basis(index)
+        stale: OnStale = self.on_stale
+        pairs = committed_part(self.lake, "pairs", name, basis=basis, on_stale=stale)
+        texts = committed_part(self.lake, "captions", name, round=0, basis=basis, on_stale=stale)
+        return (pairs, texts) if pairs is not None and texts is not None else None
+
+    def _part_basis(self, index: int) -> Basis:
+        return self.basis | {"intake": self.basis, "part": index}
+
+    def _part(
+        self, plan: Plan, index: int, fetched: Download | None, seen: SeenImages
+    ) -> tuple[PartRef, PartRef]:
+        """One shard with its pairs and captions, unless it is committed."""
+        made = self._committed(index)
+        if made is not None:
+            _remember(self.lake, made[0], seen)
+            return made
+        assert fetched is not None, f"part {index} is missing, but nothing was fetched"
+        clock = Clock()
+        name = layout.part_name(self.source, index)
+        begin, end = index * self.config.shard_rows, (index + 1) * self.config.shard_rows
+        planned = plan.rows(begin, end)
+        pairs: list[dict[str, Any]] = []
+        results = fetched.results(begin, end)
+        _, ranges = write_shard(self.lake, name, self._samples(planned, results, seen, pairs))
+        where = {r.key: r.offset for r in ranges}
+        for pair in pairs:
+            if pair["status"] == OK:
+                pair |= {"shard": name, "offset": where[pair["key"]]}
+        return self._commit(name, index, pairs, clock)
+
+    def _samples(
+        self,
+        planned: list[dict[str, Any]],
+        results: Results,
+        seen: SeenImages,
+        pairs: list[dict[str, Any]],
+    ) -> Iterator[Sample]:
+        """The images of a shard, one in memory; a row for each planned row is put into `pairs`."""
+        for plan_row in planned:
+            pair, image, ext = self._outcome(plan_row, results, seen)
+            pairs.append(pair)
+            if image is not None:
+                meta = {k: pair[k] for k in ("url", "alt_text", "source_name", "image_id")}
+                yield Sample(key=pair["key"], image=image, ext=ext, meta=meta)
+
+    def _outcome(
+        self, plan_row: dict[str, Any], results: Results, seen: SeenImages
+    ) -> tuple[dict[str, Any], bytes | None, str]:
+        """The pairs row of a planned row, with its image and extension when it has one."""
+        own = ("row", "key", "source_name", "url", "alt_text", "licence", "extra")
+        pair = {name: plan_row[name] for name in own}
+        pair |= {"pool": "web", "attempts": 0}
+        pair |= {"status": plan_row["status"], "reason": plan_row["reason"]}
+        if pair["status"] is not None:
+            return pair, None, ""
+        result = results.get(plan_row["n"])
+        pair["attempts"] = 1
+        if result is None:
+            pair |= {"status": "lost", "reason": "img2dataset left no record of this row"}
+            return pair, None, ""
+        pair["fetched_at"] = result.fetched_at
+        if result.image is None:
+            pair |= {"status": result.status, "reason": result.error}
+            return pair, None, ""
+        config = self.config
+        found = inspect_image(result.image, config.min_image_side_px, config.max_image_pixels)
+        pair |= {"status": found.status, "reason": found.reason}
+        if found.status != OK:
+            return pair, None, ""
+        pair |= {"image_id": ids.image_id(result.image), "phash": found.phash}
+        pair |= {"width": found.width, "height": found.height}
+        first = seen.add(pair["image_id"], pair["key"])
+        if first is not None:
+            pair |= {"status": "duplicate_image", "reason": f"same picture as key {first}"}
+            return pair, None, ""
+        return pair | {"size": len(result.image)}, result.image, found.ext
+
+    def _commit(
+        self, name: str, index: int, pairs: list[dict[str, Any]], clock: Clock
+    ) -> tuple[PartRef, PartRef]:
+        """The captions first: a shard counts as done when its pairs are committed too."""
+        basis = self._part_basis(index)
+        captions = [_caption(pair) for pair in pairs if _has_text(pair)]
+        num_ok = sum(pair["status"] == OK for pair in pairs)
+        textless = num_ok - len(captions)
+        texts = commit_part(
+            self.lake,
+            "captions",
+            name,
+            rows_table("captions", captions),
+            round=0,
+            basis=basis,
+            counts=Counts(
+                num_in=num_ok,
+                num_ok=len(captions),
+                reasons={"no_text": textless} if textless else {},
+            ),
+            clock=clock,
+        )
+        reasons = Counter(pair["status"] for pair in pairs if pair["status"] != OK)
+        counts = Counts(num_in=len(pairs), num_ok=num_ok, reasons=dict(sorted(reasons.items())))
+        table = rows_table("pairs", pairs)
+        made = commit_part(self.lake, "pairs", name, table, basis=basis, counts=counts, clock=clock)
+        return made, texts
+
+
+def _has_text(pair: dict[str, Any]) -> bool:
+    return pair["status"] == OK and bool((pair["alt_text"] or "").strip())
+
+
+def _caption(pair: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "caption_id": ids.caption_id(pair["image_id"], "web", pair["alt_text"]),
+        "image_id": pair["image_id"],
+        "source": "web",
+        "caption": pair["alt_text"],
+        "status": OK,
+        "round": 0,
+    }
+
+
+def _remember(lake: Lake, ref: PartRef, seen: SeenImages) -> None:
+    """Add a committed part's images to those seen."""
+    for batch in iter_part(lake, ref, ["image_id", "status", "key"]):
+        for row in batch.to_pylist():
+            if row["status"] == OK:
+                seen.add(row["image_id"], row["key"])
+
+
+def _num_ok(lake: Lake, parts: list[PartRef]) -> int:
+    return sum(part_manifest(lake, ref).num_ok for ref in parts if ref.table == "pairs")
+
+
+def _outcomes(lake: Lake, parts: list[PartRef]) -> str:
+    """The statuses of all rows, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for ref in parts:
+        if ref.table == "pairs":
+            counts.update(part_manifest(lake, ref).reasons)
+    return ", ".join(f"{status} {n}" for status, n in counts.most_common())
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges with those that touch made one."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in ranges:
+        if joined and joined[-1][1] == begin:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((begin, end))
+    return joined
+
+
+def _slice_folder(folder: Path, first_part: int) -> Path:
+    return folder / f"slice-{first_part:05d}"
+
+
+def _list_sha256(path: str) -> str:
+    """First 32 hex digits of the hash of the list's bytes; ConfigError when it is not there."""
+    try:
+        with fsspec.open(path, "rb") as f:
+            return hashlib.file_digest(cast(Any, f), "sha256").hexdigest()[:32]
+    except FileNotFoundError as err:
+        raise ConfigError(f"{path} does not exist; check the path of the URL list") from err
+    except (PermissionError, IsADirectoryError) as err:
+        raise ConfigError(f"{path} cannot be read: {err}; name a readable file") from err

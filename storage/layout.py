@@ -1,0 +1,96 @@
+"""Where everything lies in a lake: the only module that joins paths.
+
+lake.json  lake.lock  champion.json  catalog.duckdb
+tables/<table>/[round=0003/]<part>.parquet    with its manifest <part>.json beside it
+shards/<shard>.tar                            images, written once
+models/<model_id>/                            weights, tokenizer, lineage.json
+rounds/0003/                                  settings, record, policy and intakes of a round
+trainsets/<fingerprint>.arrow                 rows of one training set
+reports/round=0003/index.html
+work/                                         scratch of unfinished stages, never read by others
+"""
+
+LAKE = "lake.json"
+LOCK = "lake.lock"
+CHAMPION = "champion.json"
+CATALOG = "catalog.duckdb"
+WORK = "work"
+TABLES = "tables"
+SHARDS = "shards"
+MODELS = "models"
+ROUNDS = "rounds"
+
+
+def table_dir(table: str, round: int | None = None) -> str:
+    """The folder of a table, or of one round of it."""
+    return f"{TABLES}/{table}" if round is None else f"{TABLES}/{table}/round={round:04d}"
+
+
+def part(table: str, name: str, round: int | None = None) -> str:
+    """The Parquet file of a part."""
+    return f"{table_dir(table, round)}/{name}.parquet"
+
+
+def part_manifest(table: str, name: str, round: int | None = None) -> str:
+    """The manifest of a part: when it exists, the part is committed."""
+    return f"{table_dir(table, round)}/{name}.json"
+
+
+def shard(name: str) -> str:
+    """The tar of a shard."""
+    return f"{SHARDS}/{name}.tar"
+
+
+def model_dir(model_id: str) -> str:
+    """The folder of a checkpoint."""
+    return f"{MODELS}/{model_id}"
+
+
+def model_file(model_id: str, name: str) -> str:
+    """A file of a checkpoint."""
+    return f"{MODELS}/{model_id}/{name}"
+
+
+def lineage(model_id: str) -> str:
+    """The record of a checkpoint's origin, written last."""
+    return model_file(model_id, "lineage.json")
+
+
+def round_dir(round: int) -> str:
+    """The folder of a round's own files."""
+    return f"{ROUNDS}/{round:04d}"
+
+
+def round_settings(round: int) -> str:
+    """The settings that a round was begun with."""
+    return f"{round_dir(round)}/settings.json"
+
+
+def round_record(round: int) -> str:
+    """How a round went so far."""
+    return f"{round_dir(round)}/record.json"
+
+
+def round_policy(round: int) -> str:
+    """Which policy's decisions count in a round."""
+    return f"{round_dir(round)}/policy.json"
+
+
+def intake_record(round: int, name: str) -> str:
+    """The record of a finished intake of a round."""
+    return f"{round_dir(round)}/intake-{name}.json"
+
+
+def trainset(fingerprint: str) -> str:
+    """The Arrow file of a training set."""
+    return f"trainsets/{fingerprint}.arrow"
+
+
+def report(round: int) -> str:
+    """The report of a round."""
+    return f"reports/round={round:04d}/index.html"
+
+
+def part_name(source: str, index: int) -> str:
+    """The name of the index-th shard of a source, and of the parts made from it."""
+    return f"{source}-{index:05d}"

@@ -1,0 +1,116 @@
+"""One run at a time: an flock on a local disk, a renewed object on a store."""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+
+from storage.errors import LakeBusy, StorageError
+from storage.fs import Root, explained
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_S = 60.0
+"""How often the holder of a remote lock renews it."""
+
+STALE_AFTER_S = 600.0
+"""A remote lock not renewed for so long belongs to nobody."""
+
+
+@contextmanager
+def hold_local(root: Root, rel: str, purpose: str) -> Iterator[None]:
+    """Hold an flock; the file says who holds it. The file stays, the lock does not."""
+    path = root.local_path(rel)
+    assert path is not None, "hold_local needs a local root"
+    with explained(root, rel):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise _busy(root, os.pread(fd, 4096, 0)) from err
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps(_holder(purpose)).encode(), 0)
+        yield
+        os.ftruncate(fd, 0)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def hold_remote(root: Root, rel: str, purpose: str) -> Iterator[None]:
+    """Hold a lock object that a thread renews.
+
+    Object stores offer no portable exclusive create, so the holder writes its token, waits and
+    reads it back: of two that start within that second, at most one goes on.
+    """
+    holder = _holder(purpose) | {"token": uuid.uuid4().hex}
+    current = _read(root, rel)
+    if current is not None and time.time() - float(current.get("renewed", 0)) < STALE_AFTER_S:
+        raise _busy(root, json.dumps(current).encode())
+    _write(root, rel, holder)
+    time.sleep(0.0 if root.uri.startswith("memory:") else 1.0)
+    current = _read(root, rel)
+    if current is None or current.get("token") != holder["token"]:
+        raise _busy(root, json.dumps(current).encode())
+    stop = threading.Event()
+    beat = threading.Thread(target=_renew, args=(root, rel, holder, stop), daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beat.join()
+        last = _read(root, rel)
+        if last is not None and last.get("token") == holder["token"]:
+            root.remove(rel)
+
+
+def _renew(root: Root, rel: str, holder: dict[str, Any], stop: threading.Event) -> None:
+    while not stop.wait(HEARTBEAT_S):
+        try:
+            _write(root, rel, holder)
+        except (StorageError, OSError) as err:
+            logger.warning("could not renew the lock of %s: %s", root.uri, err)
+
+
+def _holder(purpose: str) -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "purpose": purpose,
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _write(root: Root, rel: str, holder: dict[str, Any]) -> None:
+    root.write_bytes(rel, json.dumps(holder | {"renewed": time.time()}).encode())
+
+
+def _read(root: Root, rel: str) -> dict[str, Any] | None:
+    try:
+        holder = json.loads(root.read_bytes(rel))
+    except (FileNotFoundError, ValueError):
+        return None
+    return holder if isinstance(holder, dict) else None
+
+
+def _busy(root: Root, record: bytes) -> LakeBusy:
+    try:
+        who = json.loads(record)
+        text = (
+            f"{who['purpose']!r}, process {who['pid']} on {who['host']}, since {who['started_at']}"
+        )
+    except (ValueError, KeyError, TypeError):
+        text = "a run that is just starting"
+    return LakeBusy(
+        f"lake {root.uri} is in use by {text}; wait for it to end or stop it, or name another lake"
+    )

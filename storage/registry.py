@@ -1,0 +1,182 @@
+"""The registry of models: each is a folder named by its weights, with its lineage beside them.
+
+`champion.json` names the model that the next round starts from and keeps every earlier one.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from storage import layout
+from storage.errors import ConfigError, CorruptData
+from storage.fingerprint import basis_of, canonical
+from storage.ids import ID_LENGTH
+from storage.lake import Lake
+from storage.tables import commit_part, committed_part, file_sha256, list_parts, read_part
+
+WEIGHTS = "model.safetensors"
+ROLES = ("med", "captioner", "filter")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRef:
+    """A registered model."""
+
+    model_id: str
+    role: str
+    round: int
+    path: str
+    """Its folder, relative to the lake."""
+
+
+def register(
+    lake: Lake,
+    local_folder: Path,
+    *,
+    role: str,
+    round: int,
+    parent_id: str | None,
+    trained_on: str | None,
+    config: Mapping[str, Any],
+) -> ModelRef:
+    """Copy a saved model into the lake and record where it comes from.
+
+    `local_folder` holds model.safetensors; the model id is the hash of that file. Registering
+    the same weights again for another role or round adds a row, not a copy.
+    """
+    if role not in ROLES:
+        raise ConfigError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
+    weights = local_folder / WEIGHTS
+    if not weights.is_file():
+        raise ConfigError(f"{local_folder} holds no {WEIGHTS}; save a model there first")
+    model_id = file_sha256(weights)[:ID_LENGTH]
+    record = {
+        "model_id": model_id,
+        "role": role,
+        "parent_id": parent_id,
+        "round": round,
+        "path": layout.model_dir(model_id),
+        "trained_on": trained_on,
+        "config": canonical(config),
+    }
+    _upload(lake, local_folder, model_id, record)
+    name = f"{role}-{model_id}"
+    basis = basis_of("register", 1, record, [trained_on or ""], model_id)
+    if committed_part(lake, "models", name, round=round, basis=basis, on_stale="rebuild") is None:
+        row = record | {"created_at": datetime.now(UTC)}
+        commit_part(lake, "models", name, pa.Table.from_pylist([row]), round=round, basis=basis)
+    return ModelRef(model_id=model_id, role=role, round=round, path=layout.model_dir(model_id))
+
+
+def resolve(lake: Lake, model_id: str) -> ModelRef:
+    """The model of that id, or of an unambiguous beginning of at least 6 digits."""
+    rows = [r for r in list_models(lake) if r.model_id.startswith(model_id)]
+    known = {r.model_id for r in rows}
+    if len(known) != 1 or len(model_id) < 6:
+        found = f"{len(known)} models begin so" if known else "there is none"
+        raise ConfigError(
+            f"model {model_id!r} in {lake.uri}: {found}; SELECT model_id, role, round FROM models"
+        )
+    return rows[0]
+
+
+def find(lake: Lake, role: str, round: int) -> ModelRef | None:
+    """The model of a role that a round made; the last by id when there are several."""
+    rows = [r for r in list_models(lake, round) if r.role == role]
+    return rows[-1] if rows else None
+
+
+def list_models(lake: Lake, round: int | None = None) -> list[ModelRef]:
+    """All registered models, by round, role and id."""
+    columns = ["model_id", "role", "round", "path"]
+    rows = [
+        ModelRef(**row)
+        for ref in list_parts(lake, "models", round)
+        for row in read_part(lake, ref, columns).to_pylist()
+    ]
+    return sorted(rows, key=lambda r: (r.round, r.role, r.model_id))
+
+
+def local_folder(lake: Lake, ref: ModelRef) -> Path:
+    """A folder on this machine with the model's files; CorruptData when the weights differ.
+
+    For a local lake it is the folder itself; otherwise a checked copy in scratch.
+    """
+    folder = lake.root.local_path(ref.path)
+    if folder is None:
+        folder = lake.scratch("models", ref.model_id)
+        for name in lake.root.list(ref.path):
+            if not (folder / name).exists():
+                lake.root.get_file(f"{ref.path}/{name}", folder / name)
+    weights = folder / WEIGHTS
+    if not weights.is_file() or file_sha256(weights)[:ID_LENGTH] != ref.model_id:
+        raise CorruptData(
+            f"checkpoint {folder}: {WEIGHTS} is not the file that was registered as "
+            f"{ref.model_id}; run `bootstrap repair`, then the same command again to train it anew"
+        )
+    return folder
+
+
+def lineage_of(lake: Lake, model_id: str) -> dict[str, Any]:
+    """Where a model comes from: parent, round, training set, configuration."""
+    record: dict[str, Any] = json.loads(lake.root.read_bytes(layout.lineage(model_id)))
+    return record
+
+
+def champion(lake: Lake) -> ModelRef | None:
+    """The model that the next round starts from, None before the first promotion."""
+    state = _champion_state(lake)
+    if state is None:
+        return None
+    now = state["history"][-1]
+    models = [r for r in list_models(lake) if r.model_id == now["model_id"]]
+    if not models:
+        raise CorruptData(
+            f"{lake.uri}/{layout.CHAMPION} names model {now['model_id']}, which is not registered; "
+            "run `bootstrap repair`"
+        )
+    return next((r for r in models if r.role == "med"), models[0])
+
+
+def promote(lake: Lake, model_id: str, round: int, why: str) -> ModelRef:
+    """Make a registered model the champion; promoting it twice in a round changes nothing."""
+    if not re.fullmatch(f"[0-9a-f]{{{ID_LENGTH}}}", model_id):
+        raise ConfigError(f"model id {model_id!r} is not {ID_LENGTH} hex digits")
+    ref = resolve(lake, model_id)
+    state = _champion_state(lake) or {"history": []}
+    history = [h for h in state["history"] if h["round"] != round]
+    entry = {"model_id": model_id, "round": round, "why": why}
+    if state["history"][-1:] != [entry]:
+        data = json.dumps({"history": [*history, entry]}, indent=2)
+        lake.root.write_bytes(layout.CHAMPION, data.encode())
+    return ref
+
+
+def _champion_state(lake: Lake) -> dict[str, Any] | None:
+    try:
+        state: dict[str, Any] = json.loads(lake.root.read_bytes(layout.CHAMPION))
+    except FileNotFoundError:
+        return None
+    except ValueError as err:
+        raise CorruptData(
+            f"{lake.uri}/{layout.CHAMPION} is not readable ({err}); remove it and promote a model "
+            "of the last round"
+        ) from err
+    return state
+
+
+def _upload(lake: Lake, local_folder: Path, model_id: str, record: Mapping[str, Any]) -> None:
+    """Copy the files, then write the lineage; a model with a lineage is whole already."""
+    if lake.root.exists(layout.lineage(model_id)):
+        return
+    for path in sorted(local_folder.iterdir()):
+        if path.is_file() and path.name != "lineage.json":
+            lake.root.put_file(path, layout.model_file(model_id, path.name))
+    data = json.dumps({**record, "config": json.loads(record["config"])}, indent=2, sort_keys=True)
+    lake.root.write_bytes(layout.lineage(model_id), data.encode())

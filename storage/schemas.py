@@ -1,0 +1,173 @@
+"""The tables: one schema each, one comment for every column.
+
+Ids are 32 hex digits. A status of `ok` means that the row goes on; any other status comes with
+a reason. `round` is also in the path of a part; readers use the column.
+"""
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+"""Written to lake.json; a lake of another version is refused."""
+
+OK = "ok"
+
+SOURCES = ("web", "synthetic", "human")
+"""Who proposed a caption: the alt text, a captioner, a person (T_w, T_s, T_h of the paper)."""
+
+POOLS = ("web", "human", "heldout")
+"""What a pair may be used for: filtered, trusted, or only for evaluation."""
+
+
+def _column(name: str, kind: pa.DataType, comment: str, nullable: bool = True) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable, metadata={"comment": comment})
+
+
+_TEXT, _INT, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
+_TIME = pa.timestamp("us", tz="UTC")
+
+PAIRS = pa.schema(
+    [
+        _column("key", _TEXT, "id of the input row: source_name, url, alt_text", False),
+        _column("pool", _TEXT, "web, human or heldout", False),
+        _column("row", _INT, "position in its list, from 0", False),
+        _column("source_name", _TEXT, "where the row came from, as the user names it", False),
+        _column("url", _TEXT, "address as given; for human pairs the image file"),
+        _column("alt_text", _TEXT, "web text, untouched"),
+        _column("status", _TEXT, "ok, or the kind of failure", False),
+        _column("reason", _TEXT, "the failure in words; null when ok"),
+        _column("attempts", pa.int32(), "how often the address was asked", False),
+        _column("shard", _TEXT, "shard that holds the image; null unless ok"),
+        _column("offset", _INT, "first byte of the image in the shard"),
+        _column("size", _INT, "bytes of the image"),
+        _column("width", pa.int32(), "stored width in px"),
+        _column("height", pa.int32(), "stored height in px"),
+        _column("image_id", _TEXT, "sha256 of the stored bytes, 32 hex digits"),
+        _column("phash", _TEXT, "64-bit difference hash of the picture, 16 hex digits"),
+        _column("fetched_at", _TIME, "when it was fetched; the only column that varies by run"),
+        _column("licence", _TEXT, "licence as the list states it"),
+        _column("extra", _TEXT, "the list's other columns, as a JSON object"),
+    ]
+)
+
+CAPTIONS = pa.schema(
+    [
+        _column("caption_id", _TEXT, "id of (image_id, source, caption)", False),
+        _column("image_id", _TEXT, "the image it is proposed for", False),
+        _column("source", _TEXT, "web, synthetic or human", False),
+        _column("caption", _TEXT, "the text; null when none could be made"),
+        _column("model_id", _TEXT, "captioner; null for web and human texts"),
+        _column("top_p", _FLOAT, "nucleus mass it was sampled with"),
+        _column("seed", _INT, "seed it was sampled with"),
+        _column("index", pa.int32(), "which of the image's captions, from 0"),
+        _column("num_tokens", pa.int32(), "generated tokens"),
+        _column("mean_logprob", _FLOAT, "mean log-probability of the generated tokens"),
+        _column("finish_reason", _TEXT, "end or length"),
+        _column(
+            "status", _TEXT, "ok, or the kind of failure; caption_id is unique among ok", False
+        ),
+        _column("round", pa.int32(), "round that proposed it; 0 for web and human", False),
+    ]
+)
+
+SCORES = pa.schema(
+    [
+        _column("caption_id", _TEXT, "the caption", False),
+        _column("image_id", _TEXT, "its image", False),
+        _column("model_id", _TEXT, "the filter", False),
+        _column("itm_prob", _FLOAT, "probability of a match, softmax of the ITM head"),
+        _column("itc_sim", _FLOAT, "cosine of the two features, unscaled"),
+        _column("status", _TEXT, "ok, or the kind of failure", False),
+        _column("error", _TEXT, "the failure in words; null when ok"),
+        _column("round", pa.int32(), "round whose filter it is", False),
+    ]
+)
+
+DECISIONS = pa.schema(
+    [
+        _column("caption_id", _TEXT, "the caption", False),
+        _column("image_id", _TEXT, "its image", False),
+        _column("source", _TEXT, "web or synthetic", False),
+        _column("round", pa.int32(), "round of the decision", False),
+        _column("policy", _TEXT, "the SQL file that decided", False),
+        _column("params", _TEXT, "its parameters, as a JSON object", False),
+        _column("kept", _BOOL, "whether it goes into the clean set", False),
+        _column("reason", _TEXT, "why", False),
+    ]
+)
+
+MODEL_RECORDS = pa.schema(
+    [
+        _column("model_id", _TEXT, "first 32 hex digits of the sha256 of its weights", False),
+        _column("role", _TEXT, "med, captioner or filter", False),
+        _column("parent_id", _TEXT, "the model it was finetuned from; null from scratch"),
+        _column("round", pa.int32(), "round that trained it", False),
+        _column("path", _TEXT, "its folder in the lake", False),
+        _column("trained_on", _TEXT, "fingerprint of its training set"),
+        _column("config", _TEXT, "its configuration, as a JSON object"),
+        _column("created_at", _TIME, "when it was registered"),
+    ]
+)
+
+METRICS = pa.schema(
+    [
+        _column("round", pa.int32(), "round that measured it", False),
+        _column("model_id", _TEXT, "the model measured", False),
+        _column("dataset", _TEXT, "what it was measured on; train for training curves", False),
+        _column("metric", _TEXT, "name of the number", False),
+        _column("value", _FLOAT, "the number"),
+        _column("low", _FLOAT, "lower end of its 95 % interval"),
+        _column("high", _FLOAT, "upper end of its 95 % interval"),
+        _column("n", _INT, "cases behind it; the step for training curves"),
+    ]
+)
+
+ROUNDS = pa.schema(
+    [
+        _column("round", pa.int32(), "the round, from 1", False),
+        _column("status", _TEXT, "running, promoted, refused or failed", False),
+        _column("settings", _TEXT, "what it was begun with, as a JSON object", False),
+        _column("counts", _TEXT, "rows by stage, as a JSON object", False),
+        _column("champion_before", _TEXT, "model id of the champion it began with"),
+        _column("champion_after", _TEXT, "model id of the champion it left"),
+        _column("why", _TEXT, "the gate's reason"),
+        _column("started_at", _TIME, "when it was begun"),
+        _column("finished_at", _TIME, "when it ended"),
+        _column("seconds", _TEXT, "wall seconds by stage, as a JSON object", False),
+        _column("device_seconds", _TEXT, "device seconds by stage, as a JSON object", False),
+    ]
+)
+
+TABLES: dict[str, pa.Schema] = {
+    "pairs": PAIRS,
+    "captions": CAPTIONS,
+    "scores": SCORES,
+    "decisions": DECISIONS,
+    "models": MODEL_RECORDS,
+    "metrics": METRICS,
+    "rounds": ROUNDS,
+}
+
+
+def schema_of(table: str) -> pa.Schema:
+    """The schema of a table; ValueError with the known names otherwise."""
+    if table not in TABLES:
+        raise ValueError(f"table {table!r} is unknown; there are {', '.join(TABLES)}")
+    return TABLES[table]
+
+
+def conform(table: str, data: pa.Table) -> pa.Table:
+    """`data` with the columns of `table` in order; absent ones become null, others are refused."""
+    schema = schema_of(table)
+    unknown = [name for name in data.column_names if name not in schema.names]
+    if unknown:
+        raise ValueError(f"table {table} has no column {unknown[0]!r}; see storage/schemas.py")
+    columns = []
+    for field in schema:
+        if field.name in data.column_names:
+            column = data.column(field.name).cast(field.type)
+        else:
+            column = pa.nulls(data.num_rows, field.type)
+        if not field.nullable and column.null_count:
+            raise ValueError(f"table {table}, column {field.name}: {column.null_count} null values")
+        columns.append(column)
+    return pa.table(columns, schema=schema)

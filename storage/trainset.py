@@ -1,0 +1,173 @@
+"""Training sets: the rows of a query, in a fixed order, mapped into memory rather than read.
+
+A row names an image by its byte range, so training reads each picture with one range read.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from storage import catalog, layout
+from storage.errors import ConfigError, CorruptData, EmptyTrainSet, QueryRefused
+from storage.fs import explained
+from storage.lake import Lake
+from storage.tables import file_sha256
+
+BATCH_ROWS = 65_536
+"""Rows of a record batch: fixed, so that row i lies in batch i // BATCH_ROWS."""
+
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("caption", pa.string()),
+        ("source", pa.string()),
+        ("shard", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+    ]
+)
+
+ROWS = """
+SELECT t.image_id, t.caption, t.source, i.shard, i."offset", i.size
+FROM wanted t
+JOIN images i USING (image_id)
+ORDER BY t.image_id, t.caption, t.source
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSetRef:
+    """A training set: its fingerprint is the hash of its rows."""
+
+    name: str
+    path: str
+    fingerprint: str
+    num_rows: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainRow:
+    """One pair: the text, and where the image lies."""
+
+    image_id: str
+    caption: str
+    source: str
+    shard: str
+    offset: int
+    size: int
+
+
+class TrainSet:
+    """An opened training set; rows come from a memory map, so it costs no memory to hold."""
+
+    def __init__(self, reader: Any, num_rows: int) -> None:
+        self._reader = reader
+        self._num_rows = num_rows
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def row(self, i: int) -> TrainRow:
+        """Row i, from 0; IndexError beyond the end."""
+        if not 0 <= i < self._num_rows:
+            raise IndexError(f"row {i} of a training set of {self._num_rows}")
+        batch = self._reader.get_batch(i // BATCH_ROWS)
+        values = [column[i % BATCH_ROWS].as_py() for column in batch.columns]
+        return TrainRow(**dict(zip(SCHEMA.names, values, strict=True)))
+
+    def captions(self) -> Iterator[str]:
+        """All texts in order, for a tokenizer to learn from."""
+        index = SCHEMA.get_field_index("caption")
+        for i in range(self._reader.num_record_batches):
+            yield from self._reader.get_batch(i).column(index).to_pylist()
+
+
+def build_trainset(lake: Lake, sql: str, *, name: str, memory_limit: str = "2GB") -> TrainSetRef:
+    """Write the training set that a query over the views gives.
+
+    The query gives image_id, caption, source. Raises EmptyTrainSet for no row, ConfigError when it
+    names an image that is held out or not stored, QueryRefused when it is not one reading query.
+    """
+    with catalog.connect(lake, memory_limit) as con:
+        num_rows = _want(con, sql, name)
+        reader = con.sql(ROWS).to_arrow_reader(BATCH_ROWS)
+        tmp = lake.scratch("trainsets") / f"{name}.arrow"
+        with explained(lake.root, str(tmp)), tmp.open("wb") as f:
+            with pa.ipc.new_file(f, SCHEMA) as writer:
+                for batch in _even(reader):
+                    writer.write_batch(batch)
+    fingerprint = file_sha256(tmp)[:32]
+    path = layout.trainset(fingerprint)
+    if not lake.root.exists(path):
+        lake.root.put_file(tmp, path)
+    tmp.unlink()
+    return TrainSetRef(name=name, path=path, fingerprint=fingerprint, num_rows=num_rows)
+
+
+def open_trainset(lake: Lake, ref: TrainSetRef) -> TrainSet:
+    """Map a training set into memory; CorruptData when the file is not what was built."""
+    local = lake.root.local_path(ref.path)
+    if local is None:
+        local = lake.scratch("trainsets") / f"{ref.fingerprint}.arrow"
+        if not local.exists():
+            lake.root.get_file(ref.path, local)
+    try:
+        if file_sha256(local)[:32] != ref.fingerprint:
+            raise CorruptData(
+                f"training set {local} is not the one that was built; remove it and run the same "
+                "command again"
+            )
+        return TrainSet(pa.ipc.open_file(pa.memory_map(str(local))), ref.num_rows)
+    except FileNotFoundError as err:
+        raise CorruptData(
+            f"training set {local} is gone; run the same command again to build it"
+        ) from err
+
+
+def _want(con: duckdb.DuckDBPyConnection, sql: str, name: str) -> int:
+    """Put the query's rows into `wanted` and check them; how many there are."""
+    catalog.checked_statement(con, sql)
+    try:
+        con.execute(
+            "CREATE TEMP TABLE wanted AS SELECT image_id, caption, source "
+            f"FROM ({sql.strip().rstrip(';')})"
+        )
+    except duckdb.Error as err:
+        raise QueryRefused(f"training set {name}: the query failed: {err}") from err
+    checks = con.execute(
+        "SELECT count(*), count(*) FILTER (WHERE i.image_id IS NULL), "
+        "count(*) FILTER (WHERE i.heldout), count(*) FILTER (WHERE t.caption IS NULL) "
+        "FROM wanted t LEFT JOIN images i USING (image_id)"
+    ).fetchall()
+    rows, absent, heldout, textless = (int(n) for n in checks[0])
+    if rows == 0:
+        raise EmptyTrainSet(
+            f"training set {name} has no row; look at the funnel for where they were lost. "
+            f"The query: {' '.join(sql.split())}"
+        )
+    if heldout or absent or textless:
+        raise ConfigError(
+            f"training set {name}: of {rows} rows, {heldout} show held-out images, {absent} images "
+            f"that are not stored and {textless} have no caption; exclude them in the query, as "
+            "the views raw, human and clean do"
+        )
+    return rows
+
+
+def _even(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of exactly BATCH_ROWS, the last one smaller."""
+    held: list[pa.RecordBatch] = []
+    num_held = 0
+    for batch in batches:
+        held.append(batch.cast(SCHEMA))
+        num_held += batch.num_rows
+        while num_held >= BATCH_ROWS:
+            table = pa.Table.from_batches(held).combine_chunks()
+            yield table.slice(0, BATCH_ROWS).to_batches()[0]
+            held = table.slice(BATCH_ROWS).combine_chunks().to_batches()
+            num_held -= BATCH_ROWS
+    if num_held:
+        yield pa.Table.from_batches(held).combine_chunks().to_batches()[0]

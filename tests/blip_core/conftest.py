@@ -1,0 +1,45 @@
+"""A tiny real tokenizer, model and batch; everything is built in milliseconds."""
+
+import pytest
+import torch
+from blip_core import MED, Batch, MEDConfig, MEDTokenizer, build_model
+from torch import Tensor
+
+COLOURS = ("red", "green", "blue", "white")
+SHAPES = ("circle", "square", "cross", "ring")
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return [f"a {colour} {shape} on the left" for colour in COLOURS for shape in SHAPES]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(texts: list[str]) -> MEDTokenizer:
+    return MEDTokenizer.train([*texts, "a picture of two"], vocab_size=120)
+
+
+@pytest.fixture(scope="session")
+def config(tokenizer: MEDTokenizer) -> MEDConfig:
+    return MEDConfig.preset("tiny", vocab_size=tokenizer.vocab_size)
+
+
+@pytest.fixture
+def model(config: MEDConfig) -> MED:
+    """Random, with weights large enough that outputs differ clearly."""
+    built = build_model(config, seed=0)
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(5.0 if name.startswith(("text", "lm_head")) else 1.0)
+    return built.eval()
+
+
+@pytest.fixture(scope="session")
+def pixel_values() -> Tensor:
+    return torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def batch(pixel_values: Tensor, texts: list[str]) -> Batch:
+    return Batch(pixel_values[:8], texts[:8], [f"image-{index}" for index in range(8)])

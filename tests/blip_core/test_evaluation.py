@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+import torch
+from blip_core import (
+    MED,
+    ConfigError,
+    MEDTokenizer,
+    encode_pairs,
+    evaluate_itm,
+    evaluate_retrieval,
+    itm_auc,
+    retrieval_recalls,
+)
+from blip_core.evaluation import match_logits, mean_metric, rerank
+from torch import Tensor
+
+
+def _slow_recalls(sim: Tensor, index: list[int]) -> dict[str, float]:
+    """Recalls by sorting, as obvious as possible."""
+    num_images, num_texts = sim.shape
+    found = {}
+    for k in (1, 5, 10):
+        hits = []
+        for image in range(num_images):
+            top = sorted(range(num_texts), key=lambda text: -sim[image, text].item())[:k]
+            hits.append(any(index[text] == image for text in top))
+        found[f"i2t_r{k}"] = sum(hits) / num_images
+        hits = []
+        for text in range(num_texts):
+            top = sorted(range(num_images), key=lambda image: -sim[image, text].item())[:k]
+            hits.append(index[text] in top)
+        found[f"t2i_r{k}"] = sum(hits) / num_texts
+    return found | {"mean_recall": sum(found.values()) / 6}
+
+
+@pytest.mark.parametrize("rounded", [False, True], ids=["distinct", "with_ties"])
+def test_recalls_equal_those_of_plain_sorting(rounded: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sim = torch.randn(20, 50, generator=generator)
+    sim = (sim * 2).round() if rounded else sim
+    index = torch.randint(0, 20, (50,), generator=generator)
+    assert retrieval_recalls(sim, index) == pytest.approx(_slow_recalls(sim, index.tolist()))
+
+
+def test_a_constant_model_recalls_no_more_than_chance() -> None:
+    recalls = retrieval_recalls(torch.zeros(50, 50), torch.arange(50))
+    assert (recalls["i2t_r1"], recalls["t2i_r10"]) == (0.02, 0.2)
+
+
+def test_itm_auc_counts_pairs_and_halves_ties() -> None:
+    rng = np.random.default_rng(0)
+    positive, negative = rng.integers(0, 8, 40) + 1, rng.integers(0, 8, 30)
+    pairs = [(p > n) + 0.5 * (p == n) for p in positive for n in negative]
+    assert itm_auc(positive, negative) == pytest.approx(np.mean(pairs))
+    assert itm_auc(np.ones(3), np.ones(5)) == 0.5
+    assert itm_auc(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 1.0
+
+
+@pytest.fixture
+def captions(texts: list[str]) -> list[list[str]]:
+    return [[text, text.replace("on the left", "")] for text in texts]
+
+
+def test_evaluate_retrieval_gives_seven_figures_with_intervals(
+    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor, captions: list[list[str]]
+) -> None:
+    pairs = encode_pairs(model, tokenizer, pixel_values.split(5), captions)
+    metrics = {m.name: m for m in evaluate_retrieval(model, tokenizer, pairs)}
+    expected = _slow_recalls(
+        pairs.image_features @ pairs.text_features.T, pairs.text_image_index.tolist()
+    )
+    assert {name: m.value for name, m in metrics.items()} == pytest.approx(expected)
+    assert (metrics["i2t_r1"].n, metrics["t2i_r1"].n) == (16, 32)
+    assert metrics["t2i_r5"].low <= metrics["t2i_r5"].value <= metrics["t2i_r5"].high
+
+
+@torch.no_grad()
+def test_rerank_puts_match_logit_plus_cosine_on_the_top_k_only(
+    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor, captions: list[list[str]]
+) -> None:
+    pairs = encode_pairs(model, tokenizer, pixel_values.split(8), captions)
+    sim = pairs.image_features @ pairs.text_features.T
+    by_image, by_text = rerank(model, tokenizer, pairs, sim, k=3)
+    for image in range(16):
+        ordered = sim[image].argsort(descending=True)
+        chosen = [pairs.texts[text] for text in ordered[:3].tolist()]
+        match = match_logits(model, tokenizer, pairs, [image] * 3, chosen)[:, 1]
+        expected = match + sim[image, ordered[:3]]
+        torch.testing.assert_close(by_image[image, ordered[:3]], expected, atol=1e-4, rtol=0)
+        assert by_image[image, ordered[3:]].max() < by_image[image, ordered[:3]].min()
+    top = sim.argsort(dim=0, descending=True)
+    for text in range(32):
+        assert by_text[top[3:, text], text].max() < by_text[top[:3, text], text].min()
+
+
+def test_evaluate_itm_never_takes_a_text_of_the_same_words(
+    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor
+) -> None:
+    captions = [["a red ring"], ["a red ring"], ["a blue cross"], ["a green square"]]
+    pairs = encode_pairs(model, tokenizer, [pixel_values[:4]], captions)
+    from blip_core.evaluation import _hard_negatives, _random_negatives
+
+    own = [of_image[0] for of_image in captions]
+    for drawn in (list(_hard_negatives(pairs)), list(_random_negatives(pairs, seed=0))):
+        assert all(text is not None and text != mine for text, mine in zip(drawn, own, strict=True))
+    metrics = {m.name: m for m in evaluate_itm(model, tokenizer, pairs)}
+    assert set(metrics) == {"itm_auc_random", "itm_auc_hard"}
+    assert all(0.0 <= m.value <= 1.0 and m.n == 4 for m in metrics.values())
+
+
+def test_evaluate_itm_leaves_out_what_has_no_negative(
+    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor
+) -> None:
+    pairs = encode_pairs(model, tokenizer, [pixel_values[:2]], [["a red ring"], ["a red ring"]])
+    swapped = evaluate_itm(model, tokenizer, pairs, swapped_texts=["a blue ring", "a red cross"])
+    assert [metric.name for metric in swapped] == ["itm_auc_swapped"]
+
+
+def test_encode_pairs_names_a_mismatch(
+    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor
+) -> None:
+    with pytest.raises(ConfigError, match="2 images, but captions of 1 images"):
+        encode_pairs(model, tokenizer, [pixel_values[:2]], [["a"]])
+    with pytest.raises(ConfigError, match="no images"):
+        encode_pairs(model, tokenizer, [], [])
+
+
+def test_mean_metric_has_a_bootstrap_interval_of_the_right_width() -> None:
+    values = np.random.default_rng(1).normal(size=400)
+    metric = mean_metric("x", values)
+    half_width = 1.96 * values.std() / 20
+    assert (metric.high - metric.low) / 2 == pytest.approx(half_width, rel=0.15)
+    assert metric.low < metric.value < metric.high

@@ -1,0 +1,68 @@
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from storage import layout, rounds
+from storage.catalog import query
+from storage.errors import CorruptData, SettingsChanged
+from storage.lake import Lake
+
+SETTINGS = {"caption": {"top_p": 0.9}, "images": {"size_px": 64}}
+
+
+def test_begin_round_goes_on_with_the_same_settings(lake: Lake) -> None:
+    first = rounds.begin_round(lake, 1, SETTINGS, champion_before="m")
+    again = rounds.begin_round(lake, 1, SETTINGS, champion_before="other")
+    assert again == first
+    assert again.champion_before == "m"
+
+
+def test_begin_round_names_each_changed_setting_and_the_remedies(lake: Lake) -> None:
+    rounds.begin_round(lake, 1, SETTINGS)
+    changed = {"caption": {"top_p": 0.8}, "images": {"size_px": 64}}
+    with pytest.raises(SettingsChanged, match=r"caption\.top_p: 0\.9 -> 0\.8.*--new-round"):
+        rounds.begin_round(lake, 1, changed)
+    rounds.begin_round(lake, 2, changed)
+
+
+def test_round_record_is_replaced_and_seen_by_sql(lake: Lake) -> None:
+    record = rounds.begin_round(lake, 1, SETTINGS)
+    ended = replace(
+        record,
+        status="promoted",
+        counts={"kept": 3},
+        champion_after="m",
+        finished_at=datetime.now(UTC),
+        seconds={"score": 1.5},
+    )
+    rounds.write_round(lake, ended)
+    assert rounds.read_round(lake, 1) == ended
+    assert rounds.latest_round(lake) == ended
+    rows = query(lake, "SELECT status, champion_after, counts FROM rounds").to_pylist()
+    assert rows == [{"status": "promoted", "champion_after": "m", "counts": '{"kept":3}'}]
+
+
+def test_begin_round_restores_the_row_when_killed_before_it(lake: Lake) -> None:
+    record = rounds.begin_round(lake, 1, SETTINGS)
+    lake.root.remove(layout.part_manifest("rounds", rounds.PART, 1))
+    assert rounds.begin_round(lake, 1, SETTINGS) == record
+    assert query(lake, "FROM rounds").num_rows == 1
+
+
+def test_list_rounds_is_in_order(lake: Lake) -> None:
+    assert rounds.latest_round(lake) is None
+    for number in (2, 1, 10):
+        rounds.begin_round(lake, number, SETTINGS)
+    assert [r.round for r in rounds.list_rounds(lake)] == [1, 2, 10]
+
+
+def test_round_record_names_the_field_when_out_of_range() -> None:
+    with pytest.raises(ValueError, match="round must be 1 or more, got 0"):
+        rounds.RoundRecord(round=0, started_at=datetime.now(UTC))
+
+
+def test_read_round_names_the_file_when_torn(lake: Lake) -> None:
+    lake.root.write_bytes(layout.round_record(1), b"{")
+    with pytest.raises(CorruptData, match=r"0001/record\.json"):
+        rounds.read_round(lake, 1)
