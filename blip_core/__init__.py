@@ -11,7 +11,7 @@ from blip_core import _torchvision
 
 if TYPE_CHECKING:
     from blip_core.bert import init_from_bert as init_from_bert
-    from blip_core.caption_metrics import evaluate_captions as evaluate_captions
+    from blip_core.caption_evaluation import caption_metrics as caption_metrics
     from blip_core.captioner import Captioner as Captioner
     from blip_core.captioner import GeneratedCaption as GeneratedCaption
     from blip_core.checkpoints import LoadedModel as LoadedModel
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "bert": ("init_from_bert",),
-    "caption_metrics": ("evaluate_captions",),
+    "caption_evaluation": ("caption_metrics",),
     "captioner": ("Captioner", "GeneratedCaption"),
     "checkpoints": ("LoadedModel", "load_model", "save_model"),
     "config": ("MEDConfig", "TextConfig", "VisionConfig"),

@@ -15,7 +15,7 @@ from blip_core.config import require
 from blip_core.generation import CaptionConfig, FinishReason, Sequences, decode_rows, draw_key
 from blip_core.med import MED, select_images
 from blip_core.text import KVCache
-from blip_core.tokenizer import SPECIAL_TOKENS, MEDTokenizer
+from blip_core.tokenizer import MEDTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,9 @@ class Captioner:
             f"prompt and max_new_tokens make {longest} tokens, but text.max_positions is {limit}",
         )
         # never generated: special tokens but [SEP], and ids that a larger model head has to spare
-        special = [tokenizer._id(token) for token in (*SPECIAL_TOKENS, "[DEC]", "[ENC]")]
+        special = [token for token in tokenizer.special_ids if token != tokenizer.sep_id]
         spare = range(tokenizer.vocab_size, model.config.text.vocab_size)
-        known = [token for token in special if token is not None and token != tokenizer.sep_id]
-        self.forbidden_ids = [*known, *spare]
+        self.forbidden_ids = [*special, *spare]
 
     @torch.inference_mode()
     def caption(

@@ -100,10 +100,18 @@ class MomentumEncoders(nn.Module):
 
     @torch.no_grad()
     def features(
-        self, pixel_values: Tensor, text_input_ids: Tensor, text_attention_mask: Tensor
+        self,
+        pixel_values: Tensor,
+        text_input_ids: Tensor,
+        text_attention_mask: Tensor,
+        image_embeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return momentum image and text features, (B, E) each, L2-normalised."""
-        image_embeds = self.vision.forward_features(pixel_values)
+        """Return momentum image and text features, (B, E) each, L2-normalised.
+
+        `image_embeds` (B, P, D) spares a pass where vision is frozen, and so equal to its twin.
+        """
+        if image_embeds is None:
+            image_embeds = self.vision.forward_features(pixel_values)
         text_embeds = self.text(text_input_ids, text_attention_mask, mode="text")
         return (
             F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1),

@@ -127,9 +127,11 @@ def compute_losses(
     """Return the losses of `objectives` on one batch; "itc" needs `momentum`."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and not vision_frozen):
         image_embeds = model.encode_image(inputs.pixel_values)
-    losses = Losses(total=image_embeds.new_zeros((), dtype=torch.float32))
+    losses = Losses(total=torch.zeros((), device=image_embeds.device))
     if "itc" in objectives or "itm" in objectives:
-        sim_i2t, sim_t2i = _contrast(model, momentum, inputs, image_embeds, losses, distill_alpha)
+        sim_i2t, sim_t2i = _contrast(
+            model, momentum, inputs, image_embeds, losses, distill_alpha, vision_frozen
+        )
     if "itm" in objectives or "lm" in objectives:
         image_kv = model.project_image(image_embeds)
     if "itm" in objectives:
@@ -151,6 +153,7 @@ def _contrast(
     image_embeds: Tensor,
     losses: Losses,
     distill_alpha: float,
+    vision_frozen: bool,
 ) -> tuple[Tensor, Tensor]:
     """Fill in `loss_itc`; returns similarities (B, B) of the batch, image-to-text and text-to-image."""
     tokens = inputs.tokens
@@ -163,7 +166,10 @@ def _contrast(
     image_features = model.image_features(image_embeds).float()
     text_features = model.text_features(tokens.input_ids, tokens.attention_mask).float()
     image_momentum, text_momentum = momentum.features(
-        inputs.pixel_values, tokens.input_ids, tokens.attention_mask
+        inputs.pixel_values,
+        tokens.input_ids,
+        tokens.attention_mask,
+        image_embeds if vision_frozen else None,
     )
     queue = momentum.queue
     text_candidates = queue.candidates(text_momentum.float(), "text")  # (E, B + Q)

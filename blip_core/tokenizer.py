@@ -129,6 +129,13 @@ class MEDTokenizer:
         """Id of [ENC], position 0 of the image-grounded encoder."""
         return self._id(ENCODE_TOKEN)
 
+    @property
+    def special_ids(self) -> list[int]:
+        """Ids of all special tokens that the vocabulary has."""
+        tokens = (*SPECIAL_TOKENS, DECODE_TOKEN, ENCODE_TOKEN)
+        ids = [self._tokenizer.token_to_id(token) for token in tokens]
+        return [token_id for token_id in ids if token_id is not None]
+
     def encode(self, texts: Sequence[str], max_length: int) -> TokenBatch:
         """Return [CLS] ... [SEP], cut to `max_length` tokens ([SEP] kept), padded to the longest."""
         if max_length < 2:

@@ -54,6 +54,8 @@ class TrainConfig:
     """Optimizer steps of linear warm-up."""
     schedule: Schedule = "cosine"
     weight_decay: float = 0.05
+    adam_beta2: float = 0.999
+    """AdamW's memory of squared gradients. 0.98 suits runs of a few hundred steps."""
     grad_clip_norm: float | None = 1.0
     """Largest gradient norm; None leaves gradients as they are."""
     label_smoothing: float = 0.1
@@ -94,6 +96,7 @@ class TrainConfig:
         for name in ("label_smoothing", "distill_alpha", "momentum"):
             value = getattr(self, name)
             require(0.0 <= value <= 1.0, f"{name} must be in [0, 1], got {value}")
+        require(0.0 < self.adam_beta2 < 1.0, f"adam_beta2 must be in (0, 1), got {self.adam_beta2}")
         require(self.queue_size >= 0, f"queue_size must be 0 or more, got {self.queue_size}")
         require(
             self.max_text_tokens >= 3,
@@ -192,7 +195,10 @@ class _Run:
         needs_twins = "itc" in config.objectives
         self.momentum = MomentumEncoders(model, config.queue_size) if needs_twins else None
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.weight_decay), lr=config.learning_rate, fused=True
+            parameter_groups(model, config.weight_decay),
+            lr=config.learning_rate,
+            betas=(0.9, config.adam_beta2),
+            fused=True,
         )
         self.state = TrainingState()
         self.window_started = time.monotonic()
@@ -206,6 +212,8 @@ class _Run:
             logger.info("training continues in %s at step %d", self.folder.path, resumed_from)
         self.folder.drop_history_after(resumed_from)
         self.model.train()
+        if self.vision_frozen:
+            self.model.vision.eval()
         self.window_started = time.monotonic()
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as loader:
             upcoming = loader.submit(batches, resumed_from) if resumed_from < config.steps else None

@@ -76,8 +76,7 @@ def build_vision(config: VisionConfig) -> VisionTransformer:
         global_pool="",
         **embed_layer,
     )
-    if __import__("os").environ.get("VS", "1") == "1":
-        _widen(vision.blocks, init_std(config.width) / 0.02)
+    _widen(vision.blocks, init_std(config.width) / init_std(768))
     return vision
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import csv
 import json
 import logging
@@ -10,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from flows.settings import BootstrapSettings
@@ -34,7 +35,7 @@ STAGES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (2: something that the user can mend)."""
     options = parser().parse_args(arguments)
-    _quiet(options.verbose)
+    quiet(options.verbose)
     from flows.terminal import fail
 
     command: Callable[[argparse.Namespace], int] = options.command
@@ -218,8 +219,8 @@ def _repair(options: argparse.Namespace) -> int:
     lake = Lake.open(find_lake(options.lake))
     with lake.lock("repair"):
         dropped = repair(lake)
-    for line in dropped:
-        console.print(line, highlight=False)
+    for damage in dropped:
+        console.print(f"dropped {damage.path}: {damage.why}", highlight=False)
     console.print(
         f"{len(dropped)} damaged files dropped; run the same command as before to make them anew"
         if dropped
@@ -288,7 +289,7 @@ def _is_ours(err: Exception) -> bool:
     return isinstance(err, FlowsError | StorageError | BlipError)
 
 
-def _quiet(verbose: bool) -> None:
+def quiet(verbose: bool) -> None:
     """No telemetry, no chatter; set before Prefect is imported, and only where the user did not."""
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -297,7 +298,10 @@ def _quiet(verbose: bool) -> None:
     if "PREFECT_API_URL" not in os.environ:
         # An in-process server with its state here, whatever prefect.toml says.
         os.environ["PREFECT_API_URL"] = ""
-        os.environ.setdefault("PREFECT_HOME", str(Path(".bootstrap/prefect").absolute()))
+        home = Path(
+            os.environ.setdefault("PREFECT_HOME", str(Path(".bootstrap/prefect").absolute()))
+        )
+        home.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
     logging.basicConfig(
         level=logging.INFO if verbose else logging.ERROR,
@@ -305,5 +309,19 @@ def _quiet(verbose: bool) -> None:
     )
 
 
+def entry() -> NoReturn:
+    """The console script: run `main` and leave.
+
+    Prefect's daemon threads outlive the interpreter's own clean-up, which makes DuckDB's bindings
+    report leaks by the page. So the exit handlers (which stop the in-process server) run, and then
+    the process ends without that clean-up.
+    """
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    atexit._run_exitfuncs()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

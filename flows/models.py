@@ -9,13 +9,11 @@ from blip_core import EvalTransform, LoadedModel, load_model
 from blip_core.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from flows.errors import MissingInput
 from flows.session import Run
-from storage import ModelRef, local_folder, registry, rounds
+from storage import Lake, ModelRef, local_folder, registry, rounds
+from storage.rounds import RoundRecord
 
 Triple = tuple[float, float, float]
-PIXEL_STATS: dict[str, dict[str, Triple]] = {
-    "clip": {"mean": CLIP_MEAN, "std": CLIP_STD},
-    "imagenet": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
-}
+PIXEL_STATS = {"clip": (CLIP_MEAN, CLIP_STD), "imagenet": (IMAGENET_MEAN, IMAGENET_STD)}
 COMMANDS = {"med": "pretrain", "captioner": "finetune-captioner", "filter": "finetune-filter"}
 
 
@@ -38,34 +36,43 @@ def load_copy(run: Run, ref: ModelRef, *, image_size_px: int | None = None) -> L
     )
 
 
-def pixel_stats(run: Run) -> dict[str, Triple]:
+def pixel_stats(run: Run) -> tuple[Triple, Triple]:
     """Mean and standard deviation of the pixels, as the settings say."""
     return PIXEL_STATS[run.settings.model.pixel_stats]
 
 
 def eval_transform(run: Run, loaded: LoadedModel) -> EvalTransform:
     """The transform of images that a model captions, scores or is measured on."""
-    return EvalTransform(loaded.model.config.vision.image_size_px, **pixel_stats(run))
+    mean, std = pixel_stats(run)
+    return EvalTransform(loaded.model.config.vision.image_size_px, mean=mean, std=std)
 
 
 def require(run: Run, role: str, round: int) -> ModelRef:
     """The committed model of a role and round. Raises MissingInput naming the command to run."""
-    ref = registry.find(run.lake, role, round)
-    if ref is None:
-        raise MissingInput(
-            f"lake {run.lake.uri} has no {role} of round {round}; "
-            f"run `bootstrap {COMMANDS.get(role, 'run')}` first"
-        )
-    return ref
+    return _require(run.lake, role, round)
 
 
 def starting_model(run: Run) -> ModelRef:
-    """The model that this round's captioner and filter are finetuned from, and must be beaten.
+    """The model that this round's captioner and filter are finetuned from, and must be beaten."""
+    record = rounds.read_round(run.lake, run.round)
+    assert record is not None, f"round {run.round} was never begun"
+    return starting_model_of(run.lake, record)
 
-    Round 1 starts from the pretrained model (round 0); a later round from the champion that it
+
+def starting_model_of(lake: Lake, record: RoundRecord) -> ModelRef:
+    """Round 1 starts from the pretrained model (round 0); a later round from the champion that it
     found when it began, whatever has been promoted since.
     """
-    record = rounds.read_round(run.lake, run.round)
-    if record is None or record.champion_before is None:
-        return require(run, "med", 0)
-    return registry.resolve(run.lake, record.champion_before)
+    if record.champion_before is None:
+        return _require(lake, "med", 0)
+    return registry.resolve(lake, record.champion_before)
+
+
+def _require(lake: Lake, role: str, round: int) -> ModelRef:
+    ref = registry.find(lake, role, round)
+    if ref is None:
+        raise MissingInput(
+            f"lake {lake.uri} has no {role} of round {round}; "
+            f"run `bootstrap {COMMANDS.get(role, 'run')}` first"
+        )
+    return ref

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from flows import models
 from flows.session import Run
 from flows.steps.shards import web_parts
 from storage import drop_part, layout, list_parts, rounds
@@ -47,7 +48,8 @@ def nothing_new(run: Run) -> RoundOutcome | None:
     record = rounds.read_round(run.lake, run.round)
     if before is None or record is None or record.status != "running":
         return None
-    same_champion = record.champion_before == (before.champion_before or before.champion_after)
+    started_from = models.starting_model_of(run.lake, before)
+    same_champion = record.champion_before == started_from.model_id
     scored = {part.name for part in list_parts(run.lake, "scores", before.round)}
     new_web = [part for part in web_parts(run) if part.name not in scored]
     if not same_champion or new_web or record.settings != before.settings:

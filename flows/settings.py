@@ -37,6 +37,14 @@ PRESET_FOLDER_VARIABLE = "BOOTSTRAP_CONFIGS"
 LAKE_VARIABLE = "BOOTSTRAP_LAKE"
 NOT_IN_FINGERPRINTS = ("preset", "cycle", "machine", "report")
 """Sections that change how or where a run happens, not what it makes."""
+INGEST_NOT_IN_FINGERPRINTS = (
+    "http_proxy",
+    "processes",
+    "threads",
+    "stall_timeout_s",
+    "max_restarts",
+    "slice_rows",
+)
 
 
 class BootstrapSettings(Section):
@@ -92,6 +100,8 @@ class BootstrapSettings(Section):
         dumped: dict[str, Any] = self.model_dump(mode="json")
         for name in NOT_IN_FINGERPRINTS:
             dumped.pop(name)
+        for name in INGEST_NOT_IN_FINGERPRINTS:
+            dumped["ingest"].pop(name)
         return dumped
 
     @property

@@ -7,8 +7,8 @@ the core changed, so manifests and fingerprints do (docs/decisions.md).
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -17,6 +17,9 @@ from prefect.tasks import Task, exponential_backoff
 
 from flows.steps import caption, decide, evaluate, ingest, score, train, write_report
 from storage import TransientError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -30,19 +33,24 @@ def is_transient(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     return False
 
 
-pipeline_task = partial(
-    task,
-    retries=3,
-    retry_delay_seconds=exponential_backoff(5),
-    retry_jitter_factor=0.5,
-    retry_condition_fn=is_transient,
-    cache_policy=NO_CACHE,
-)
+def pipeline_task(step: Callable[P, R], name: str, *tags: str) -> Callable[P, R]:
+    """A step as a task; called like the step itself."""
+    made = task(
+        name=name,
+        tags=tags,
+        retries=3,
+        retry_delay_seconds=exponential_backoff(5),
+        retry_jitter_factor=0.5,
+        retry_condition_fn=is_transient,
+        cache_policy=NO_CACHE,
+    )(step)
+    return cast("Callable[P, R]", made)
 
-ingest_all_task = pipeline_task(ingest.ingest_all, name="ingest", tags=["network"])
-train_model_task = pipeline_task(train.train_model, name="train", tags=["device"])
-caption_shard_task = pipeline_task(caption.caption_shard, name="caption-shard", tags=["device"])
-score_shard_task = pipeline_task(score.score_shard, name="score-shard", tags=["device"])
-decide_round_task = pipeline_task(decide.decide_round, name="decide")
-evaluate_model_task = pipeline_task(evaluate.evaluate_model, name="evaluate-model", tags=["device"])
-write_report_task = pipeline_task(write_report.write_report, name="report")
+
+ingest_all_task = pipeline_task(ingest.ingest_all, "ingest", "network")
+train_model_task = pipeline_task(train.train_model, "train", "device")
+caption_shard_task = pipeline_task(caption.caption_shard, "caption-shard", "device")
+score_shard_task = pipeline_task(score.score_shard, "score-shard", "device")
+decide_round_task = pipeline_task(decide.decide_round, "decide")
+evaluate_model_task = pipeline_task(evaluate.evaluate_model, "evaluate-model", "device")
+write_report_task = pipeline_task(write_report.write_report, "report")

@@ -5,7 +5,9 @@ DuckDB CLI. The views are the files of `storage/sql`; DuckDB only reads.
 """
 
 import json
+import sqlite3
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
 
@@ -13,7 +15,8 @@ import duckdb
 import pyarrow as pa
 
 from storage import layout
-from storage.errors import ConfigError, LakeError, QueryRefused
+from storage.errors import ConfigError, LakeError, QueryRefused, StorageFull
+from storage.fs import explained
 from storage.lake import Lake
 from storage.schemas import TABLES
 from storage.tables import PartRef, list_parts
@@ -146,12 +149,27 @@ def write_catalog(lake: Lake) -> str | None:
     """
     if not lake.root.is_local:
         return None
-    with lake.root.staged(layout.CATALOG) as tmp:
+    with disk_watched(lake, layout.CATALOG), lake.root.staged(layout.CATALOG) as tmp:
         with duckdb.connect(str(tmp), config=_config(lake, "2GB", 1)) as con:
             create_views(con, lake)
             con.execute("CHECKPOINT")
         tmp.with_name(f"{tmp.name}.wal").unlink(missing_ok=True)
     return layout.CATALOG
+
+
+@contextmanager
+def disk_watched(lake: Lake, rel: str) -> Iterator[None]:
+    """Turn what DuckDB, SQLite and the file system say of a full disk into StorageFull."""
+    try:
+        with explained(lake.root, rel):
+            yield
+    except (duckdb.Error, sqlite3.Error) as err:
+        if not any(words in str(err) for words in ("No space left", "disk is full")):
+            raise
+        raise StorageFull(
+            f"{lake.uri}/{rel}: no space left; free some space and run the same command again: "
+            "what is committed stays, the rest is made anew"
+        ) from err
 
 
 def _config(lake: Lake, memory_limit: str, threads: int | None) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _decide(
     basis: dict[str, Any],
     memory_limit: str,
 ) -> PartRef:
-    with catalog.connect(lake, memory_limit) as con:
+    with catalog.disk_watched(lake, layout.WORK), catalog.connect(lake, memory_limit) as con:
         con.execute(CANDIDATES, {"round": round})
         num_in = _count(con, "SELECT count(*) FROM candidates")
         if num_in == 0:
@@ -155,7 +155,11 @@ def _run_policy(
             f"policy {name} has no parameter {unused[0]!r}; its SQL names it ${unused[0]}"
         )
     try:
-        con.execute(f"CREATE TEMP TABLE verdict AS {sql.rstrip().rstrip(';')}", used or None)
+        con.execute(
+            "CREATE TEMP TABLE verdict AS SELECT caption_id, kept, reason FROM (\n"
+            f"{sql.rstrip().rstrip(';')}\n)",
+            used or None,
+        )
     except duckdb.Error as err:
         raise ConfigError(f"policy {name} failed: {err}") from err
 

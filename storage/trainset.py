@@ -91,7 +91,7 @@ def build_trainset(lake: Lake, sql: str, *, name: str, memory_limit: str = "2GB"
     The query gives image_id, caption, source. Raises EmptyTrainSet for no row, ConfigError when it
     names an image that is held out or not stored, QueryRefused when it is not one reading query.
     """
-    with catalog.connect(lake, memory_limit) as con:
+    with catalog.disk_watched(lake, layout.WORK), catalog.connect(lake, memory_limit) as con:
         num_rows = _want(con, sql, name)
         reader = con.sql(ROWS).to_arrow_reader(BATCH_ROWS)
         tmp = lake.scratch("trainsets") / f"{name}.arrow"
@@ -133,7 +133,7 @@ def _want(con: duckdb.DuckDBPyConnection, sql: str, name: str) -> int:
     try:
         con.execute(
             "CREATE TEMP TABLE wanted AS SELECT image_id, caption, source "
-            f"FROM ({sql.strip().rstrip(';')})"
+            f"FROM (\n{sql.strip().rstrip(';')}\n)"
         )
     except duckdb.Error as err:
         raise QueryRefused(f"training set {name}: the query failed: {err}") from err

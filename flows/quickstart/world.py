@@ -35,7 +35,7 @@ from flows.quickstart.scenes import (
     swap_one_word,
 )
 
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 
 # Each source's share of wrong texts, as a multiple of the whole list's share. Means to 1.
 SOURCES = {"museum": 0.4, "blog": 1.0, "shop": 1.6}
@@ -89,7 +89,7 @@ class WorldConfig:
     num_colors: int = 9
     num_shapes: int = 8
     num_things: int = 1
-    """1 or 2 shapes in a picture."""
+    """1 or 2 kinds of shapes in a picture."""
     patterned: bool = False
     """Grounds may be striped or dotted."""
     seed: int = 0

@@ -12,8 +12,8 @@ from blip_core import (
     Captioner,
     LoadedModel,
     Metric,
+    caption_metrics,
     encode_pairs,
-    evaluate_captions,
     evaluate_itm,
     evaluate_retrieval,
 )
@@ -157,7 +157,7 @@ def _captioning(run: Run, loaded: LoadedModel, heldout: HeldOut) -> list[Metric]
     texts = heldout_captions(run, loaded, heldout, config)
     ids = [row.image_id for row in heldout.images]
     references = dict(zip(ids, heldout.captions, strict=True))
-    return evaluate_captions(dict(zip(ids, texts, strict=True)), references)
+    return caption_metrics(dict(zip(ids, texts, strict=True)), references)
 
 
 def heldout_captions(

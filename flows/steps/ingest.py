@@ -14,6 +14,7 @@ from flows.session import Run
 from storage import (
     CaptionSetConfig,
     DownloadConfig,
+    EmptyInput,
     PartRef,
     UrlListConfig,
     ingest_captions,
@@ -23,7 +24,7 @@ from storage import (
 logger = logging.getLogger(__name__)
 
 
-def ingest_all(run: Run, on_progress: Callable[[int, int, str], None]) -> list[PartRef]:
+def ingest_all(run: Run, on_progress: Callable[[int, int], None]) -> list[PartRef]:
     """Take in every list and set of the settings; what the lake has already is not fetched again.
 
     Raises:
@@ -31,10 +32,15 @@ def ingest_all(run: Run, on_progress: Callable[[int, int, str], None]) -> list[P
     """
     parts: list[PartRef] = []
     with sources(run) as settings:
-        for pool, sets in (("human", settings.human), ("heldout", settings.heldout)):
-            for captions in sets:
-                config = CaptionSetConfig(**captions.model_dump(), pool=pool)
-                parts += ingest_captions(run.lake, config, on_stale=run.on_stale)
+        if not (settings.url_lists or settings.human or settings.heldout):
+            raise EmptyInput(
+                "there is nothing to take in: give ingest.url_lists, ingest.human and "
+                "ingest.heldout (see README), or a preset with a world such as quickstart"
+            )
+        configs = [CaptionSetConfig(**s.model_dump(), pool="human") for s in settings.human]
+        configs += [CaptionSetConfig(**s.model_dump(), pool="heldout") for s in settings.heldout]
+        for config in configs:
+            parts += ingest_captions(run.lake, config, on_stale=run.on_stale)
         download = DownloadConfig(
             **settings.model_dump(exclude={"url_lists", "human", "heldout"}),
         )

@@ -34,6 +34,7 @@ from storage import (
     Clock,
     Lake,
     ModelRef,
+    PartRef,
     TrainSetRef,
     basis_of,
     build_trainset,
@@ -95,9 +96,8 @@ def train_model(
     curve = committed_part(
         run.lake, "metrics", name, round=plan.round, basis=basis, on_stale=run.on_stale
     )
-    if curve is not None:
-        model_id = read_part(run.lake, curve, ["model_id"]).column(0)[0].as_py()
-        return registry.resolve(run.lake, model_id), False
+    if curve is not None and (made := _model_of(run.lake, curve)) is not None:
+        return made, False
     clock = Clock()
     folder = run.scratch("train", f"{plan.name}-{fingerprint_of(basis)[:16]}")
     history = _fit(run, plan, rows, folder, on_progress)
@@ -116,6 +116,13 @@ def train_model(
     return ref, True
 
 
+def _model_of(lake: Lake, curve: PartRef) -> ModelRef | None:
+    """The model that a training curve belongs to; None when `repair` has dropped it."""
+    model_id = read_part(lake, curve, ["model_id"]).column(0)[0].as_py()
+    known = (ref for ref in registry.list_models(lake) if ref.model_id == model_id)
+    return next(known, None)
+
+
 def _fit(
     run: Run,
     plan: TrainPlan,
@@ -125,11 +132,9 @@ def _fit(
 ) -> list[dict[str, Any]]:
     """Train and save to `folder/final`; returns the history."""
     loaded = _start(run, plan)
-    transform = TrainTransform(
-        loaded.model.config.vision.image_size_px,
-        augment=plan.settings.augment,
-        **models.pixel_stats(run),
-    )
+    mean, std = models.pixel_stats(run)
+    size = loaded.model.config.vision.image_size_px
+    transform = TrainTransform(size, augment=plan.settings.augment, mean=mean, std=std)
     feed = TrainFeed(
         run.lake,
         open_trainset(run.lake, rows),

@@ -34,6 +34,12 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
 
+START_UP_S = 120.0
+"""A run may take so long to answer its first request: it is slow to start on a busy machine."""
+
+MIN_FREE_BYTES = 1 << 18
+"""With less than this free, a disk is full."""
+
 Progress = Callable[[int, int], None]
 """Called with rows done and rows in all."""
 
@@ -125,11 +131,18 @@ def download(
     while done < num_shards:
         why = _run(slice_parquet, folder, config, num_rows, num_shards, on_progress)
         end_leftovers(folder)
+        full = _disk_full(folder)
+        if full:
+            _drop_lossy(folder, num_shards)
         before, done = done, sweep_unfinished(folder, num_shards)
         if done == num_shards:
             break
+        if full:
+            raise StorageFull(
+                f"{folder}: no space left; free some space and run the same command again: what "
+                "is finished stays"
+            )
         restarts_left = config.max_restarts if done > before else restarts_left - 1
-        _check_disk(folder)
         if restarts_left < 0:
             raise IntakeError(
                 f"img2dataset {why}; {done} of {num_shards} shards are whole and "
@@ -230,12 +243,17 @@ def _run(
             if process.poll() is not None:
                 died = process.returncode == launcher.WORKER_DIED
                 return "lost a worker" if died else f"ended early (status {process.returncode})"
+            if _nearly_full(folder):
+                return "filled the disk"
             if seen != last:
                 moved_at, last = time.monotonic(), seen
                 if on_progress is not None:
                     on_progress(min(seen[0], num_rows), num_rows)
-            if time.monotonic() - moved_at > config.stall_timeout_s:
-                return f"made no progress for {config.stall_timeout_s:g} s"
+            patience = config.stall_timeout_s
+            if seen[0] == 0:
+                patience = max(patience, START_UP_S)
+            if time.monotonic() - moved_at > patience:
+                return f"made no progress for {patience:g} s"
             time.sleep(POLL_S)
 
 
@@ -245,7 +263,7 @@ def _started(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A running img2dataset in a process group of its own; the group is gone afterwards."""
     log: BinaryIO
-    with (folder / "img2dataset.log").open("ab") as log:
+    with (folder / "img2dataset.log").open("wb") as log:
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -332,13 +350,23 @@ def _finished(folder: Path) -> tuple[int, int]:
     return stats, tar_bytes
 
 
-def _check_disk(folder: Path) -> None:
-    """StorageFull when that is why img2dataset failed: it only prints it."""
-    if "No space left on device" in _last_words(folder, 20_000):
-        raise StorageFull(
-            f"{folder}: no space left; free some space and run the same command again: what is "
-            "finished stays"
-        )
+def _disk_full(folder: Path) -> bool:
+    """Whether that is why img2dataset failed: it only prints it, if it still can, and hangs."""
+    return _nearly_full(folder) or "No space left on device" in _last_words(folder, 20_000)
+
+
+def _nearly_full(folder: Path) -> bool:
+    return shutil.disk_usage(folder).free < MIN_FREE_BYTES
+
+
+def _drop_lossy(folder: Path, num_shards: int) -> None:
+    """Remove finished shards that lack rows: on a full disk img2dataset drops what fails."""
+    for shard in range(num_shards):
+        if not is_whole(folder, shard):
+            continue
+        _, parquet, stats = shard_paths(folder, shard)
+        if pq.read_metadata(parquet).num_rows < json.loads(stats.read_bytes())["count"]:
+            stats.unlink()
 
 
 def _last_words(folder: Path, num_bytes: int = 600) -> str:

@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import types
 import urllib.request
 from typing import Any
@@ -41,7 +42,8 @@ class _Worker(multiprocessing.context.ForkServerProcess):
 
     def join(self, timeout: float | None = None) -> None:
         super().join(timeout)
-        if self.exitcode:
+        # A pool ends its own workers with SIGTERM.
+        if self.exitcode not in (None, 0, -signal.SIGTERM):
             os._exit(WORKER_DIED)
 
 
@@ -104,8 +106,10 @@ def _get_context(method: str | None = None) -> Any:
 
 
 def _prepare() -> None:
-    """Done in the main process, in the fork server and in every worker."""
+    """Done in the main process and in the fork server, whose forks are the workers."""
     _die_with_parent()
+    # A fork does not inherit the wish.
+    os.register_at_fork(after_in_child=_die_with_parent)
     # webdataset and albumentations take torch where it can be had, and then use none of it here.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     sys.modules.setdefault("wandb", types.ModuleType("wandb"))
@@ -125,4 +129,9 @@ if OWNER in os.environ:
 def main() -> None:
     """Run img2dataset with the arguments given as JSON."""
     multiprocessing.set_forkserver_preload([__name__])
-    download(**json.loads(sys.argv[1]))
+    try:
+        download(**json.loads(sys.argv[1]))
+    except Exception:  # noqa: BLE001 - whatever it is, it goes into the log
+        # The logger process would never be told to end, and an ordinary exit waits for it.
+        traceback.print_exc()
+        os._exit(1)

@@ -20,8 +20,6 @@ from storage.errors import ConfigError, EmptyInput, MissingColumn
 
 BATCH_ROWS = 10_000
 
-csv.field_size_limit(16 << 20)
-
 
 @dataclass(slots=True)
 class ListRow:
@@ -131,6 +129,7 @@ def _records(batch: pa.RecordBatch) -> list[dict[str, Any]]:
 def _read_csv(f: BinaryIO, name: str, columns: Mapping[str, str]) -> Iterator[list[ListRow]]:
     # surrogateescape keeps undecodable bytes within their own field.
     text = io.TextIOWrapper(f, "utf-8-sig", errors="surrogateescape", newline="")
+    csv.field_size_limit(16 << 20)  # Python's own limit is less than a long alt text
     reader = csv.reader(text, delimiter="\t" if ".tsv" in name.lower() else ",")
     header = next(reader, None)
     if header is None:

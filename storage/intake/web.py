@@ -18,6 +18,7 @@ from typing import Any, cast
 import fsspec
 
 from storage import ids, layout
+from storage.catalog import disk_watched
 from storage.errors import ConfigError, EmptyInput
 from storage.fingerprint import Basis, basis_of, explain, fingerprint_of
 from storage.intake.fetched import Download, Results
@@ -73,8 +74,9 @@ def ingest_urls(
         return list(done.parts)
     intake.drop_outdated()
     folder = lake.scratch("ingest", fingerprint_of(intake.basis))
-    plan = make_plan(lake, url_list, intake.earlier, folder)
-    parts = intake.run(plan, folder, on_progress)
+    with disk_watched(lake, layout.WORK):
+        plan = make_plan(lake, url_list, intake.earlier, folder)
+        parts = intake.run(plan, folder, on_progress)
     if _num_ok(lake, [*intake.earlier, *parts]) == 0:
         raise EmptyInput(
             f"{url_list.path}: none of its {plan.num_rows} URLs gave an image "
@@ -82,7 +84,8 @@ def ingest_urls(
             "same command again: they are fetched anew"
         )
     remember_intake(lake, round, "web", IntakeRecord(basis=intake.basis, parts=tuple(parts)))
-    shutil.rmtree(folder, ignore_errors=True)
+    # What runs with other settings left behind goes too.
+    shutil.rmtree(lake.scratch("ingest"), ignore_errors=True)
     return parts
 
 

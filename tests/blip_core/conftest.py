@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from blip_core import MED, Batch, MEDConfig, MEDTokenizer, build_model
 from torch import Tensor
+
+from blip_core import MED, Batch, MEDConfig, MEDTokenizer, build_model
 
 COLOURS = ("red", "green", "blue", "white")
 SHAPES = ("circle", "square", "cross", "ring")

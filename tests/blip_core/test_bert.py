@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from blip_core import CheckpointError, MEDConfig, build_model, init_from_bert
 from transformers import BertConfig, BertForMaskedLM
+
+from blip_core import CheckpointError, MEDConfig, build_model, init_from_bert
 
 SHAPE = {
     "vocab_size": 50,

@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 import torch
-from blip_core import MED, CaptionConfig, Captioner, ConfigError, GeneratedCaption, MEDTokenizer
 from torch import Tensor
+
+from blip_core import MED, CaptionConfig, Captioner, ConfigError, GeneratedCaption, MEDTokenizer
 
 IDS = [f"image-{index}" for index in range(16)]
 

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from blip_core import MED, CheckpointError, CorruptCheckpoint, MEDTokenizer, load_model, save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from blip_core import MED, CheckpointError, CorruptCheckpoint, MEDTokenizer, load_model, save_model
 
 
 @pytest.fixture

@@ -6,10 +6,11 @@ its vision LayerNorm epsilon has another default.
 
 import pytest
 import torch
-from blip_core import MED, MEDConfig, build_model
-from blip_core.text import SelfAttention
 from torch import Tensor, nn
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
+
+from blip_core import MED, MEDConfig, build_model
+from blip_core.text import SelfAttention
 
 TEXT = {
     "vocab_size": 64,
@@ -77,7 +78,7 @@ def _stack(ours: nn.Linear, *theirs: nn.Linear) -> None:
 
 
 def _copy_attention(ours: SelfAttention, theirs: nn.Module) -> None:
-    own = getattr(theirs, "self")
+    own = theirs.self
     _stack(ours.qkv, own.query, own.key, own.value)
     _copy(ours.output, theirs.output.dense)
     _copy(ours.norm, theirs.output.LayerNorm)
@@ -90,7 +91,7 @@ def _copy_text(ours: MED, theirs: nn.Module, role: str) -> None:
     _copy(text.embedding_norm, theirs.embeddings.LayerNorm)
     for mine, layer in zip(text.layers, theirs.encoder.layer, strict=True):
         _copy_attention(getattr(mine, f"{role}_attention"), layer.attention)
-        cross, other = mine.cross_attention, getattr(layer.crossattention, "self")
+        cross, other = mine.cross_attention, layer.crossattention.self
         _copy(cross.query, other.query)
         _stack(cross.kv, other.key, other.value)
         _copy(cross.output, layer.crossattention.output.dense)

@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from blip_core import (
     MED,
     ConfigError,
@@ -12,7 +14,6 @@ from blip_core import (
     retrieval_recalls,
 )
 from blip_core.evaluation import match_logits, mean_metric, rerank
-from torch import Tensor
 
 
 def _slow_recalls(sim: Tensor, index: list[int]) -> dict[str, float]:

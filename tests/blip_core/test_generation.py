@@ -3,6 +3,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from blip_core import CaptionConfig, ConfigError
 from blip_core.beam import beam_search
 from blip_core.generation import (
@@ -15,7 +17,6 @@ from blip_core.generation import (
     uniforms,
 )
 from blip_core.text import KVCache
-from torch import Tensor
 
 SEP, VOCAB = 1, 6
 CPU = torch.device("cpu")

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from blip_core.losses import itc_loss, itc_targets, itm_loss, lm_labels, lm_loss
 from torch import Tensor
+
+from blip_core.losses import itc_loss, itc_targets, itm_loss, lm_labels, lm_loss
 
 
 def test_itm_loss_of_a_constant_predictor_is_0_6365() -> None:

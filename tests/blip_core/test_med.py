@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from blip_core import MED, MEDConfig, MEDTokenizer, build_model
 from blip_core.med import select_images
-from torch import Tensor
 
 
 @pytest.mark.parametrize(("name", "millions"), [("base", 252.44), ("large", 474.73)])
@@ -84,3 +85,16 @@ def test_build_model_depends_on_the_seed_only(config: MEDConfig) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     third = build_model(config, seed=4).state_dict()
     assert not torch.equal(first["text_proj.weight"], third["text_proj.weight"])
+
+
+@pytest.mark.parametrize(("name", "expected"), [("nano", 0.049), ("base", 0.02)])
+def test_initial_weights_are_wider_in_narrow_models(name: str, expected: float) -> None:
+    model = build_model(MEDConfig.preset(name, vocab_size=64, image_size_px=64), seed=0)
+    layer = model.text.layers[0]
+    for weight in (
+        layer.encoder_attention.qkv.weight,
+        layer.feed_forward.output.weight,
+        model.text.word_embeddings.weight,
+        model.vision.blocks[1].mlp.fc1.weight,
+    ):
+        assert weight.std().item() == pytest.approx(expected, rel=0.05)

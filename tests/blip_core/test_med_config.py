@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+
 from blip_core import ConfigError, MEDConfig, TextConfig, VisionConfig
 from blip_core.config import from_mapping
 

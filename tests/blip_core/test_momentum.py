@@ -2,9 +2,10 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor
+
 from blip_core import MED, MEDTokenizer
 from blip_core.momentum import FeatureQueue, MomentumEncoders
-from torch import Tensor
 
 
 def _fill(queue: FeatureQueue, start: int, count: int) -> None:
@@ -83,3 +84,14 @@ def test_twins_give_the_features_of_the_model_at_the_start(
 def test_queue_size_below_0_is_refused() -> None:
     with pytest.raises(ValueError, match="queue_size must be 0 or more, got -1"):
         FeatureQueue(embed_width=2, queue_size=-1)
+
+
+@torch.no_grad()
+def test_features_of_given_image_embeds_are_those_of_the_pixels(
+    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor, texts: list[str]
+) -> None:
+    twins = MomentumEncoders(model, queue_size=8)
+    tokens = tokenizer.encode(texts[:4], 20)
+    inputs = (pixel_values[:4], tokens.input_ids, tokens.attention_mask)
+    spared = twins.features(*inputs, model.encode_image(pixel_values[:4]))
+    torch.testing.assert_close(spared, twins.features(*inputs))

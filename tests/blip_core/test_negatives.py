@@ -1,4 +1,5 @@
 import torch
+
 from blip_core.negatives import admissible_negatives, sample_hard_negatives
 
 

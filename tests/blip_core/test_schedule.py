@@ -1,4 +1,7 @@
+import itertools
+
 import pytest
+
 from blip_core import MED, ConfigError
 from blip_core.schedule import learning_rate, parameter_groups, ramp
 
@@ -10,7 +13,7 @@ def test_rate_warms_up_to_the_peak_and_never_rises_again(schedule: str) -> None:
     rates = [learning_rate(step, schedule=schedule, **RUN) for step in range(100)]
     assert rates[0] == pytest.approx(1e-6 + (1e-3 - 1e-6) / 10)
     assert rates[9] == pytest.approx(1e-3)
-    assert all(later <= earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
     assert min(rates[10:]) >= 1e-5
 
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
-from blip_core import MED, ConfigError, MEDTokenizer, Scorer
 from torch import Tensor
+
+from blip_core import MED, ConfigError, MEDTokenizer, Scorer
 
 
 @torch.no_grad()

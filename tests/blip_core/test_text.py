@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from blip_core import MED
 from blip_core.text import KVCache
 

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from blip_core import CheckpointError, ConfigError, MEDTokenizer, clean_caption
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from blip_core import (
     MED,
     Batch,
@@ -19,7 +21,6 @@ from blip_core import (
     build_model,
     train,
 )
-from torch import Tensor
 
 Source = Callable[[int], Batch]
 

@@ -3,10 +3,11 @@ import io
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from blip_core import ConfigError, DecodeError, EvalTransform, TrainTransform, decode_image
 from blip_core.augment import OPERATIONS, rand_augment
 from blip_core.transforms import CLIP_MEAN, CLIP_STD, random_crop_box, swap_sides
-from PIL import Image
 
 
 def _encoded(image: Image.Image, kind: str, **options: object) -> bytes:

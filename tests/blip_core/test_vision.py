@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+
 from blip_core import CheckpointError, CorruptCheckpoint, MEDConfig, VisionConfig
 from blip_core.vision import build_vision, load_timm_weights, resize_positions
-from safetensors.torch import save_file
 
 
 def _tiny(**changes: object) -> VisionConfig:

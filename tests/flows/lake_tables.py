@@ -20,7 +20,7 @@ from storage.tables import commit_part
 
 RAW, CLEAN, CAPTIONER, FILTER = ("a" * 32, "b" * 32, "c" * 32, "d" * 32)
 BEGAN = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
-MARKUP = "<script>alert(1)</script> & a red circle"
+MARKUP = "<script>alert(1)</script> & red circles"
 """An alt text that must stay text."""
 
 
@@ -88,7 +88,7 @@ class LakeTables:
             text = MARKUP if place % 17 == 0 else row["alt_text"]
             prob = rng.beta(6, 0.4) if row["alt_text_is_true"] else rng.beta(0.25, 6)
             self._add_text(row["image_id"], "web", text, float(prob))
-            said = row["alt_text"] if row["alt_text_is_true"] else "a green ring on white"
+            said = row["alt_text"] if row["alt_text_is_true"] else "green rings on white"
             self._add_text(row["image_id"], "synthetic", said, float(rng.beta(2, 0.8)))
         self.rows["pairs"].append(pair)
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
-from flows.quickstart.scenes import Scene
+from flows.quickstart.scenes import PLURALS, Scene
 from flows.quickstart.verdict import (
     Rate,
     caption_truth,
@@ -36,7 +36,7 @@ def lake_views(world: World) -> Iterator[duckdb.DuckDBPyConnection]:
         image = {"image_id": row["image_id"]}
         names = {key: row[key] for key in ("url", "source_name")}
         pairs.append({**image, **names, "pool": "web", "status": "ok"})
-        lies = "a red ring on red"  # never true: the ground differs from every thing
+        lies = "red rings on red"  # never true: the ground differs from every thing
         for source, text, round in (("web", row["alt_text"], 0), ("synthetic", lies, 1)):
             ids = {**image, "caption_id": f"{source}-{row['image_id']}"}
             captions.append({**ids, "caption": text, "status": "ok", "round": round})
@@ -118,4 +118,4 @@ def test_rate_interval_is_wilsons(hits: int, n: int, low: float, high: float) ->
 
 def _sentence(scene: Scene) -> str:
     (color, shape), *_ = scene.things
-    return f"{color} {shape} on {scene.ground}"
+    return f"many {color} {PLURALS[shape]} on {scene.ground}"

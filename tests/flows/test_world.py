@@ -58,13 +58,13 @@ def test_describe_is_true_and_a_swapped_word_is_not(form: int, num_things: int) 
 @pytest.mark.parametrize(
     ("caption", "is_true"),
     [
-        ("A red star, on BLUE!", True),
-        ("a picture of a red star on blue", True),
-        ("a blue star on red", False),
-        ("a red star", False),
-        ("a red star on striped blue", False),
-        ("a red star on blue blue", False),
-        ("red star on blue for sale", False),
+        ("Red stars, on BLUE!", True),
+        ("a picture of red stars on blue", True),
+        ("blue stars on red", False),
+        ("red stars", False),
+        ("red stars on striped blue", False),
+        ("red stars on blue blue", False),
+        ("red stars on blue for sale", False),
         ("img 0042.jpg", False),
         ("", False),
     ],
@@ -84,8 +84,8 @@ def test_draw_jpeg_shows_both_colours_of_the_scene(shape: str) -> None:
     data = draw_jpeg(scene, 64, np.random.default_rng(0))
     pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=int)
     red, blue = pixels[..., 0] > pixels[..., 2] + 60, pixels[..., 2] > pixels[..., 0] + 60
-    assert 0.05 < red.mean() < 0.25  # a thing covers a quarter of the picture at most
-    assert blue.mean() > 0.6
+    assert 0.1 < red.mean() < 10 / 16  # at most ten of sixteen cells
+    assert blue.mean() > 6 / 16
 
 
 def test_build_world_is_the_same_anywhere(world: World, tmp_path: Path) -> None:

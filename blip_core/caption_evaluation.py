@@ -24,7 +24,7 @@ def ptb_tokens(text: str) -> list[str]:
     return _TOKEN.findall(text.lower().replace("\u2019", "'"))
 
 
-def evaluate_captions(
+def caption_metrics(
     captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> list[Metric]:
     """Return cider, bleu4, rouge_l and, with Java, meteor of one caption per image.

@@ -1,0 +1,242 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import pytest
+from rounds_of_rows import BASIS, caption, pair, scored, write_world
+
+from storage import layout, registry, rounds
+from storage.catalog import VIEWS, connect, query, stream, write_catalog
+from storage.errors import CorruptPart, QueryRefused
+from storage.lake import Lake
+from storage.policy import decide
+from storage.schemas import TABLES
+from storage.tables import commit_part, list_parts, rows_table
+
+
+@pytest.fixture
+def decided(lake: Lake) -> Lake:
+    write_world(lake)
+    decide(lake, 1)
+    return lake
+
+
+@pytest.mark.parametrize("view", [*TABLES, *VIEWS])
+def test_view_answers_with_the_same_columns_when_the_lake_is_empty(
+    local_lake: Lake, view: str
+) -> None:
+    empty = query(local_lake, f"FROM {view}")
+    write_world(local_lake)
+    decide(local_lake, 1)
+    full = query(local_lake, f"FROM {view}")
+    assert empty.schema.names == full.schema.names
+    assert [str(t) for t in empty.schema.types] == [str(t) for t in full.schema.types]
+
+
+def test_clean_and_rejected_split_the_round_without_held_out_images(decided: Lake) -> None:
+    clean = query(decided, 'SELECT caption_id, shard, "offset", size FROM clean').to_pylist()
+    assert {r["caption_id"] for r in clean} == {"w0", "w3", "s0"}
+    assert {"caption_id": "w3", "shard": "s", "offset": 1536, "size": 100} in clean
+    rejected = query(decided, "SELECT caption_id, reason FROM rejected").to_pylist()
+    assert {r["caption_id"]: r["reason"] for r in rejected} == {
+        "w1": "itm_prob 0.1000 < 0.5",
+        "s1": "not scored: cannot decode",
+        "s3": "not scored",
+    }
+
+
+def test_clean_shows_the_last_decided_round_and_its_own_texts(decided: Lake) -> None:
+    # Round 2 proposes a text of round 1 again: it is one caption, not two.
+    again = rows_table("captions", [caption("s0", 0, "synthetic", 2)])
+    commit_part(decided, "captions", "p", again, round=2, basis=BASIS)
+    rescored = [scored("s0", 0, 0.6, 2), scored("w1", 1, 0.95, 2)]
+    commit_part(decided, "scores", "p", rows_table("scores", rescored), round=2, basis=BASIS)
+    decide(decided, 2)
+    rows = query(decided, "SELECT round, caption_id, itm_prob FROM clean ORDER BY caption_id")
+    assert rows.to_pylist() == [
+        {"round": 2, "caption_id": "s0", "itm_prob": 0.6},
+        {"round": 2, "caption_id": "w1", "itm_prob": 0.95},
+    ]
+    assert query(decided, "FROM compare_rounds").num_rows == 0
+    rounds.begin_round(decided, 1, {})
+    kept = query(decided, "SELECT kept_web, kept_synthetic, share_kept FROM compare_rounds")
+    assert kept.to_pylist() == [{"kept_web": 2, "kept_synthetic": 1, "share_kept": 0.5}]
+
+
+def test_funnel_adds_up_at_every_step(decided: Lake) -> None:
+    rows = query(decided, "SELECT stage, outcome, rows FROM funnel WHERE round = 1").to_pylist()
+    found = {(r["stage"], r["outcome"]): r["rows"] for r in rows}
+    assert found == {
+        ("urls", "listed"): 5,
+        ("fetched", "ok"): 4,
+        ("fetched", "http_4xx"): 1,
+        ("texts", "web"): 4,
+        ("texts", "synthetic"): 4,
+        ("texts", "synthetic, failed"): 1,
+        ("scored", "web, ok"): 4,
+        ("scored", "synthetic, ok"): 2,
+        ("scored", "synthetic, failed"): 1,
+        ("scored", "synthetic, not scored"): 1,
+        ("decided", "web, kept"): 3,
+        ("decided", "web, dropped: itm_prob < 0.5"): 1,
+        ("decided", "synthetic, kept"): 1,
+        ("decided", "synthetic, dropped: itm_prob < 0.5"): 1,
+        ("decided", "synthetic, dropped: not scored: cannot decode"): 1,
+        ("decided", "synthetic, dropped: not scored"): 1,
+    }
+
+
+def test_funnel_shows_intake_before_any_round(lake: Lake) -> None:
+    commit_part(lake, "pairs", "p", rows_table("pairs", [pair(1)]), basis=BASIS)
+    rows = query(lake, "SELECT round, stage, rows FROM funnel").to_pylist()
+    assert rows == [
+        {"round": 0, "stage": "urls", "rows": 1},
+        {"round": 0, "stage": "fetched", "rows": 1},
+    ]
+
+
+def test_noise_is_the_share_dropped_by_source(decided: Lake) -> None:
+    rows = query(
+        decided, "SELECT source_name, texts, share_dropped FROM noise WHERE source = 'web'"
+    ).to_pylist()
+    assert rows == [
+        {"source_name": "shop", "texts": 2, "share_dropped": 0.5},
+        {"source_name": "blog", "texts": 1, "share_dropped": 0.0},
+    ]
+
+
+def test_why_tells_all_of_a_url_that_came_in_and_of_one_that_did_not(decided: Lake) -> None:
+    sql = "SELECT caption_id, kept, status FROM why WHERE url = $url AND pool = 'web' ORDER BY 1"
+    came = query(decided, sql, {"url": "http://x/1.jpg"}).to_pylist()
+    assert [(r["caption_id"], r["kept"]) for r in came] == [
+        ("s-failed", None),
+        ("s1", False),
+        ("w1", False),
+    ]
+    dead = query(decided, sql, {"url": "http://x/4.jpg"}).to_pylist()
+    assert dead == [{"caption_id": None, "kept": None, "status": "http_4xx"}]
+
+
+def test_models_view_tells_which_were_promoted(local_lake: Lake, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    ref = registry.register(
+        local_lake,
+        tmp_path,
+        role="med",
+        round=1,
+        parent_id=None,
+        trained_on=None,
+        config={},
+    )
+    assert query(local_lake, "SELECT promoted FROM models").to_pylist() == [{"promoted": False}]
+    record = rounds.begin_round(local_lake, 1, {})
+    changed = {"status": "promoted", "champion_after": ref.model_id}
+    rounds.write_round(
+        local_lake,
+        rounds.RoundRecord(round=1, started_at=record.started_at, **changed),  # type: ignore[arg-type]
+    )
+    assert query(local_lake, "SELECT promoted FROM models").to_pylist() == [{"promoted": True}]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "COPY (SELECT 1) TO '{root}/tables/x.parquet'",
+        "EXPLAIN ANALYZE COPY (SELECT 1) TO '{root}/x.csv'",
+        "EXPLAIN (ANALYZE) COPY (SELECT 1) TO '{root}/x.csv'",
+        "explain\nanalyze\ncopy (SELECT 1) TO '{root}/x.csv'",
+        "EXPLAIN/**/ANALYZE COPY (SELECT 1) TO '{root}/x.csv'",
+        "EXPORT DATABASE '{root}/dump'",
+        "ATTACH '{root}/other.duckdb'",
+        "CREATE TABLE t AS SELECT 1",
+        "DROP VIEW clean",
+        "INSERT INTO pairs VALUES (1)",
+        "SET threads = 1",
+        "PRAGMA enable_profiling",
+        "INSTALL httpfs",
+        "SELECT 1; SELECT 2",
+        "",
+        "SELEKT 1",
+        "FROM read_csv('/etc/passwd')",
+        "FROM read_text('/etc/hostname')",
+        "SELECT * FROM nowhere",
+    ],
+)
+def test_query_refuses_what_writes_leaves_the_lake_or_fails(local_lake: Lake, sql: str) -> None:
+    before = local_lake.root.list_recursive("")
+    with pytest.raises(QueryRefused):
+        query(local_lake, sql.format(root=local_lake.uri))
+    assert local_lake.root.list_recursive("") == before
+
+
+@pytest.mark.parametrize("sql", ["FROM read_text('/etc/hostname')", "COPY (SELECT 1) TO '/tmp/x'"])
+def test_query_is_fenced_on_a_remote_lake_too(tmp_path: Path, sql: str) -> None:
+    lake = Lake.open(f"memory://{tmp_path.name}", create=True)
+    with pytest.raises(QueryRefused):
+        query(lake, sql)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT 1",
+        "WITH t AS (SELECT 1) FROM t",
+        "FROM clean",
+        "DESCRIBE clean",
+        "SUMMARIZE pairs",
+        "SHOW TABLES",
+        "VALUES (1)",
+        "EXPLAIN SELECT 1",
+        "SELECT count(*) FROM clean; ",
+    ],
+)
+def test_query_answers_what_only_reads(local_lake: Lake, sql: str) -> None:
+    assert query(local_lake, sql).num_columns > 0
+
+
+def test_stream_gives_the_schema_first(local_lake: Lake) -> None:
+    batches = list(stream(local_lake, "SELECT range AS n FROM range(25000)"))
+    assert batches[0].num_rows == 0
+    assert batches[0].schema.names == ["n"]
+    assert sum(b.num_rows for b in batches) == 25_000
+
+
+def test_connect_names_a_torn_part(decided: Lake) -> None:
+    ref = list_parts(decided, "scores")[0]
+    decided.root.write_bytes(ref.path, b"")
+    with pytest.raises(CorruptPart, match=ref.path):
+        connect(decided)
+
+
+def test_views_show_committed_parts_only(decided: Lake) -> None:
+    decided.root.remove(layout.part_manifest("scores", "p", 1))
+    decided.root.write_bytes("tables/scores/round=0001/stray.parquet", b"")
+    assert query(decided, "FROM scores").num_rows == 0
+
+
+def test_catalog_file_opens_elsewhere_and_is_replaced(local_lake: Lake) -> None:
+    write_world(local_lake)
+    for expected in (0, 4):
+        assert write_catalog(local_lake) == layout.CATALOG
+        path = local_lake.root.local_path(layout.CATALOG)
+        code = (
+            f"import duckdb; con = duckdb.connect({str(path)!r}, read_only=True); "
+            "print(con.sql('SELECT count(*) FROM verdicts').fetchall()[0][0])"
+        )
+        said = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True
+        )
+        # Eight texts, two of them of a held-out image.
+        assert said.stdout.strip() == str(6 if expected else 0)
+        decide(local_lake, 1)
+    assert local_lake.root.sweep("") == 0
+
+
+def test_connect_spills_within_its_memory_limit(local_lake: Lake) -> None:
+    with connect(local_lake, memory_limit="64MB", threads=1) as con:
+        limit = con.execute("SELECT current_setting('memory_limit')").fetchall()[0][0]
+        assert limit == "61.0 MiB"
+        sql = "SELECT count(*) FROM (SELECT DISTINCT hash(range) FROM range(4_000_000))"
+        assert con.execute(sql).fetchall() == [(4_000_000,)]
+    assert isinstance(con, duckdb.DuckDBPyConnection)

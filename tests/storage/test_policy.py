@@ -1,0 +1,87 @@
+from pathlib import Path
+
+import pytest
+from rounds_of_rows import write_world
+
+from storage.catalog import active_policy, query
+from storage.errors import ConfigError, EmptyInput, QueryRefused, StaleOutput
+from storage.lake import Lake
+from storage.policy import decide
+from storage.tables import part_manifest, read_part
+
+
+def test_decide_gives_every_text_one_row_with_a_reason(lake: Lake) -> None:
+    write_world(lake)
+    ref = decide(lake, 1)
+    rows = {r["caption_id"]: r for r in read_part(lake, ref).to_pylist()}
+    assert set(rows) == {f"{s}{i}" for s in "ws" for i in range(4)}
+    assert {k for k, r in rows.items() if r["kept"]} == {"w0", "w2", "w3", "s0"}
+    assert rows["w3"]["reason"] == "itm_prob >= 0.5"
+    assert rows["w1"]["reason"] == "itm_prob 0.1000 < 0.5"
+    assert rows["s1"]["reason"] == "not scored: cannot decode"
+    assert rows["w0"]["params"] == '{"threshold":0.5}'
+    manifest = part_manifest(lake, ref)
+    assert (manifest.num_in, manifest.num_ok, dict(manifest.reasons)) == (8, 4, {"dropped": 4})
+
+
+def test_decide_keeps_ids_and_bytes_when_made_again(local_lake: Lake) -> None:
+    write_world(local_lake)
+    first = part_manifest(local_lake, decide(local_lake, 1)).sha256
+    assert decide(local_lake, 1, params={"threshold": 0.95}, on_stale="rebuild").num_rows == 8
+    assert query(local_lake, "FROM clean").num_rows == 0
+    ref = decide(local_lake, 1, on_stale="rebuild")
+    assert part_manifest(local_lake, ref).sha256 == first
+
+
+def test_decide_names_the_threshold_when_it_changed(lake: Lake) -> None:
+    write_world(lake)
+    decide(lake, 1)
+    with pytest.raises(StaleOutput, match=r"config\.params\.threshold: 0\.5 -> 0\.6"):
+        decide(lake, 1, params={"threshold": 0.6})
+
+
+def test_decide_takes_a_policy_of_the_user_and_makes_it_count(lake: Lake, tmp_path: Path) -> None:
+    write_world(lake)
+    decide(lake, 1)
+    mine = tmp_path / "web_only.sql"
+    mine.write_text(
+        "SELECT caption_id, source = 'web' AS kept, 'by source' AS reason FROM candidates;"
+    )
+    decide(lake, 1, str(mine), {}, activate=False)
+    assert active_policy(lake, 1) == "blip"
+    decide(lake, 1, str(mine), {})
+    kept = query(lake, "SELECT DISTINCT source, policy FROM clean").to_pylist()
+    assert kept == [{"source": "web", "policy": "web_only"}]
+
+
+@pytest.mark.parametrize(
+    ("sql", "error", "words"),
+    [
+        ("SELECT caption_id, true AS kept, 'x' AS reason FROM candidates LIMIT 3", ConfigError, "5 texts are missing"),
+        ("SELECT caption_id, NULL AS kept, 'x' AS reason FROM candidates", ConfigError, "8 rows have no verdict"),
+        ("SELECT caption_id, true AS kept FROM candidates", ConfigError, "failed"),
+        ("DROP VIEW pairs", QueryRefused, "DROP"),
+    ],
+    ids=["forgets texts", "no verdict", "no reason", "writes"],
+)  # fmt: skip
+def test_decide_refuses_a_policy_that_does_not_judge_every_text(
+    lake: Lake, tmp_path: Path, sql: str, error: type[Exception], words: str
+) -> None:
+    write_world(lake)
+    (tmp_path / "bad.sql").write_text(sql)
+    with pytest.raises(error, match=words):
+        decide(lake, 1, str(tmp_path / "bad.sql"), {})
+    assert query(lake, "FROM decisions").num_rows == 0
+
+
+def test_decide_names_an_unknown_policy_or_parameter(lake: Lake) -> None:
+    write_world(lake)
+    with pytest.raises(ConfigError, match="'clip' is unknown; there are blip"):
+        decide(lake, 1, "clip")
+    with pytest.raises(ConfigError, match="no parameter 'treshold'"):
+        decide(lake, 1, params={"threshold": 0.5, "treshold": 0.4})
+
+
+def test_decide_says_what_to_run_when_there_is_no_text(lake: Lake) -> None:
+    with pytest.raises(EmptyInput, match="run the ingest and caption stages"):
+        decide(lake, 1)

@@ -1,0 +1,80 @@
+import pytest
+from rounds_of_rows import BASIS, caption, image, pair, write_world
+
+from storage import trainset
+from storage.errors import ConfigError, CorruptData, EmptyTrainSet, QueryRefused
+from storage.lake import Lake
+from storage.tables import commit_part, rows_table
+from storage.trainset import TrainRow, build_trainset, open_trainset
+
+RAW = """
+SELECT image_id, caption, source FROM raw
+UNION ALL
+SELECT image_id, caption, source FROM human
+"""
+
+
+def test_trainset_holds_the_rows_in_a_fixed_order(lake: Lake) -> None:
+    write_world(lake)
+    ref = build_trainset(lake, RAW, name="raw")
+    rows = open_trainset(lake, ref)
+    assert ref.num_rows == len(rows) == 4
+    assert [rows.row(i).image_id for i in range(4)] == [image(i) for i in (0, 1, 3, 9)]
+    assert rows.row(2) == TrainRow(
+        image_id=image(3), caption="text w3", source="web", shard="s", offset=1536, size=100
+    )
+    assert list(rows.captions()) == ["text w0", "text w1", "text w3", "text h9"]
+    with pytest.raises(IndexError):
+        rows.row(4)
+
+
+def test_trainset_has_one_fingerprint_for_the_same_rows(lake: Lake) -> None:
+    write_world(lake)
+    ref = build_trainset(lake, RAW, name="raw")
+    turned = f"SELECT * FROM ({RAW}) ORDER BY caption DESC"
+    assert build_trainset(lake, turned, name="raw") == ref
+    fewer = build_trainset(lake, f"FROM ({RAW}) LIMIT 3", name="raw")
+    assert fewer.fingerprint != ref.fingerprint
+
+
+def test_trainset_finds_rows_across_batches(
+    local_lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainset, "BATCH_ROWS", 7)
+    pairs = rows_table("pairs", [pair(i) for i in range(40)])
+    commit_part(local_lake, "pairs", "p", pairs, basis=BASIS)
+    texts = rows_table("captions", [caption(f"w{i:02}", i, "web", 0) for i in range(40)])
+    commit_part(local_lake, "captions", "p", texts, round=0, basis=BASIS)
+    rows = open_trainset(local_lake, build_trainset(local_lake, RAW, name="raw"))
+    assert [rows.row(i).caption for i in range(40)] == [f"text w{i:02}" for i in range(40)]
+
+
+def test_trainset_refuses_held_out_and_unknown_images(lake: Lake) -> None:
+    write_world(lake)
+    everything = "SELECT image_id, caption, source FROM captions WHERE source = 'web'"
+    with pytest.raises(ConfigError, match="of 4 rows, 1 show held-out images"):
+        build_trainset(lake, everything, name="leak")
+    unknown = "SELECT 'nowhere' AS image_id, 'x' AS caption, 'web' AS source"
+    with pytest.raises(ConfigError, match="1 images that are not stored"):
+        build_trainset(lake, unknown, name="unknown")
+
+
+def test_trainset_says_so_when_it_has_no_row(lake: Lake) -> None:
+    with pytest.raises(EmptyTrainSet, match=r"clean.*funnel"):
+        build_trainset(lake, "SELECT image_id, caption, source FROM clean", name="clean")
+
+
+def test_trainset_refuses_a_query_that_writes_or_lacks_columns(lake: Lake) -> None:
+    with pytest.raises(QueryRefused, match="DROP"):
+        build_trainset(lake, "DROP VIEW raw", name="x")
+    with pytest.raises(QueryRefused, match="caption"):
+        build_trainset(lake, "SELECT image_id FROM raw", name="x")
+
+
+def test_open_trainset_names_the_file_when_changed_or_gone(lake: Lake) -> None:
+    write_world(lake)
+    ref = build_trainset(lake, RAW, name="raw")
+    data = lake.root.read_bytes(ref.path)
+    lake.root.write_bytes(ref.path, data[:-1])
+    with pytest.raises(CorruptData, match=ref.fingerprint):
+        open_trainset(lake, ref)
