@@ -294,19 +294,28 @@ def quiet(verbose: bool) -> None:
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "INFO" if verbose else "CRITICAL")
+    level = "INFO" if verbose else "CRITICAL"
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", level)
+    os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", level)
     if "PREFECT_API_URL" not in os.environ:
-        # An in-process server with its state here, whatever prefect.toml says.
-        os.environ["PREFECT_API_URL"] = ""
-        home = Path(
-            os.environ.setdefault("PREFECT_HOME", str(Path(".bootstrap/prefect").absolute()))
-        )
-        home.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
+        _choose_api()
     logging.basicConfig(
         level=logging.INFO if verbose else logging.ERROR,
         format="%(levelname)s %(name)s: %(message)s",
     )
+
+
+def _choose_api() -> None:
+    """The server of `bootstrap up` while it runs; else Prefect's in-process one, its state here."""
+    from flows.server import running
+
+    if running(Path.cwd()) is not None:
+        return  # prefect.toml, which `up` wrote here, names it
+    if Path("prefect.toml").is_file():
+        os.environ["PREFECT_API_URL"] = ""  # a server that is gone must not be waited for
+    home = Path(os.environ.setdefault("PREFECT_HOME", str(Path(".bootstrap/prefect").absolute())))
+    home.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
 
 
 def entry() -> NoReturn:

@@ -63,9 +63,9 @@ class WorldSettings(Section):
     """Pictures with human captions."""
     num_heldout: int = Field(default=500, ge=4)
     """Held-out pictures with human captions."""
-    human_captions: int = Field(default=5, ge=1)
+    human_captions: int = Field(default=5, ge=1, le=6)
     """Captions of each human-captioned picture."""
-    noise_share: float = Field(default=0.4, ge=0.0, lt=1.0)
+    noise_share: float = Field(default=0.4, ge=0.0, le=0.625)
     """Share of the web's alt texts that do not describe their picture."""
     fault_share: float = Field(default=0.02, ge=0.0, le=0.5)
     """URLs that fail in one way or another, as a share of the pictures."""
@@ -194,6 +194,8 @@ class TrainSettings(Section):
     """How the learning rate falls; step_decay multiplies it by 0.9 every twentieth of the run."""
     weight_decay: float = Field(default=0.05, ge=0)
     """AdamW weight decay."""
+    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
+    """AdamW's second momentum; 0.98 suits short runs."""
     grad_clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest gradient norm; no clipping when null."""
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
