@@ -37,17 +37,18 @@ def round_summary(run: Run, report_path: str) -> None:
     record = rounds.read_round(run.lake, run.round)
     assert record is not None, f"round {run.round} was never begun"
     local = run.lake.root.local_path(report_path)
-    address = local.resolve().as_uri() if local else f"{run.lake.uri}/{report_path}"
+    place = str(local) if local else f"{run.lake.uri}/{report_path}"
     lines = [
         f"# Round {run.round}: {record.status}",
         record.why or "",
         *_metrics_table(run, record),
-        f"Report: [{address}]({address})",
+        f"Report: `{place}`",
         f"Lake: `{run.lake.uri}`",
     ]
     create_markdown_artifact(
         markdown="\n\n".join(lines), key=f"round-{run.round}", description=record.status
     )
+    address = local.as_uri() if local else place
     create_link_artifact(link=address, key=f"report-round-{run.round}", link_text="report")
 
 

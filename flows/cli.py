@@ -108,10 +108,7 @@ def _settings_options(sub: argparse.ArgumentParser) -> None:
 
 
 def settings_from(options: argparse.Namespace, **changes: Any) -> BootstrapSettings:
-    """The settings that a command's options name.
-
-    Without --config, a lake that has a round is worked on with the preset of that round.
-    """
+    """The settings that a command's options name; the quickstart preset without --config."""
     from flows.settings import load_settings, merge
 
     machine = {"lake": options.lake, "on_stale": options.on_stale}

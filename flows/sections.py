@@ -41,7 +41,7 @@ class MachineSettings(Section):
     lake: str = "lakes/bootstrap"
     """Root of the lake: a folder or any fsspec URI."""
     scratch: str | None = None
-    """Local folder for downloads and training checkpoints; beside a local lake when not given."""
+    """Local folder for downloads and training checkpoints; inside a local lake when not given."""
     device: str = "auto"
     """Torch device: auto, cpu, cuda or cuda:N."""
     num_threads: int | None = Field(default=None, ge=1)
@@ -276,8 +276,9 @@ class DecideSettings(Section):
 
     policy: str = "blip"
     """Name of a policy in storage/policies."""
-    threshold: float = Field(default=0.5, ge=0, le=1)
-    """Least itm_prob of a kept text (paper: the ITM head's own verdict, 0.5)."""
+    threshold: float | None = Field(default=0.5, ge=0, le=1)
+    """Least itm_prob of a kept text (paper: the ITM head's own verdict, 0.5); null for a policy
+    that knows no `$threshold`."""
 
 
 class EvaluateSettings(Section):

@@ -50,14 +50,6 @@ class Run:
         """What to do with a committed part that was made from something else."""
         return self.settings.machine.on_stale
 
-    def scratch(self, *parts: str) -> Path:
-        """A local folder of this lake for unfinished work, made if needed."""
-        if not self.settings.machine.scratch:
-            return self.lake.scratch(*parts)
-        folder = Path(self.settings.machine.scratch).expanduser().joinpath(*parts)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
 
 @contextmanager
 def open_run(settings: BootstrapSettings, *, purpose: str) -> Iterator[Run]:
@@ -75,7 +67,8 @@ def open_run(settings: BootstrapSettings, *, purpose: str) -> Iterator[Run]:
     _show_log_lines()
     if settings.machine.num_threads:
         torch.set_num_threads(settings.machine.num_threads)
-    lake = Lake.open(uri, create=True)
+    scratch = settings.machine.scratch
+    lake = Lake.open(uri, create=True, scratch_root=Path(scratch).expanduser() if scratch else None)
     with lake.lock(purpose):
         remember_lake(uri)
         number = choose_round(lake, settings, purpose)

@@ -24,8 +24,11 @@ logger = logging.getLogger(__name__)
 class Lake:
     """An opened lake; make one with `Lake.open`."""
 
-    def __init__(self, root: Root, lake_id: str, read_only: bool) -> None:
+    def __init__(
+        self, root: Root, lake_id: str, read_only: bool, scratch_root: Path | None = None
+    ) -> None:
         self.root = root
+        self.scratch_root = scratch_root
         self.lake_id = lake_id
         self.read_only = read_only
 
@@ -39,8 +42,9 @@ class Lake:
         create: bool = False,
         read_only: bool = False,
         storage_options: dict[str, Any] | None = None,
+        scratch_root: Path | None = None,
     ) -> "Lake":
-        """Open the lake at a local path or fsspec URI.
+        """Open the lake at a local path or fsspec URI; unfinished work goes below `scratch_root`.
 
         Raises LakeNotFound when there is none and `create` is false, SchemaVersionError when it
         was written by another version, NotWritable when it cannot be made.
@@ -53,7 +57,7 @@ class Lake:
                     "or run the ingest stage to make one there"
                 )
             _create(root)
-        return cls(root, _read_identity(root), read_only)
+        return cls(root, _read_identity(root), read_only, scratch_root)
 
     @property
     def uri(self) -> str:
@@ -76,12 +80,13 @@ class Lake:
     def scratch(self, *parts: str) -> Path:
         """A folder on this machine for unfinished work; it is created and outlives the process.
 
-        Inside the lake when that is local; otherwise under BOOTSTRAP_SCRATCH or the temporary
-        folder, by lake, so that a killed stage finds its work again.
+        Inside the lake when that is local and no scratch_root was given; otherwise below that
+        folder, BOOTSTRAP_SCRATCH or the temporary folder, by lake, so that a killed stage finds
+        its work again.
         """
-        work = self.root.local_path(layout.WORK)
+        work = None if self.scratch_root else self.root.local_path(layout.WORK)
         if work is None:
-            base = os.environ.get("BOOTSTRAP_SCRATCH", tempfile.gettempdir())
+            base = self.scratch_root or os.environ.get("BOOTSTRAP_SCRATCH", tempfile.gettempdir())
             name = hashlib.sha256(self.uri.encode()).hexdigest()[:12]
             work = Path(base) / f"bootstrap-{name}"
         folder = work.joinpath(*parts)

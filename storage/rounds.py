@@ -12,7 +12,7 @@ from storage import layout
 from storage.errors import CorruptData, SettingsChanged
 from storage.fingerprint import basis_of, canonical, explain
 from storage.lake import Lake
-from storage.tables import commit_part, committed_part
+from storage.tables import commit_part, committed_part, list_parts
 
 RoundStatus = Literal["running", "promoted", "refused", "failed"]
 
@@ -54,6 +54,9 @@ def begin_round(
     """
     now = json.loads(canonical(settings))
     began = settings_of(lake, round)
+    if began is not None and began != now and not _made_anything(lake, round):
+        # A first attempt that failed at once, on a mistyped column say, pins nothing.
+        began = None
     if began is not None and began != now:
         raise SettingsChanged(
             f"round {round} of {lake.uri} was begun with other settings: "
@@ -65,7 +68,7 @@ def begin_round(
         lake.root.write_bytes(
             layout.round_settings(round), json.dumps(now, indent=2, sort_keys=True).encode()
         )
-    if record is None:
+    if record is None or (began is None and record.settings != now):
         record = RoundRecord(
             round=round,
             settings=now,
@@ -73,9 +76,17 @@ def begin_round(
             started_at=datetime.now(UTC),
         )
     # Killed between record and part, the part is missing.
-    if committed_part(lake, "rounds", PART, round=round) is None:
+    if began is None or committed_part(lake, "rounds", PART, round=round) is None:
         write_round(lake, record)
     return record
+
+
+def _made_anything(lake: Lake, round: int) -> bool:
+    """Whether any part of a round, or web pairs taken in by it, is committed."""
+    tables = ("captions", "scores", "decisions", "models", "metrics")
+    made = any(list_parts(lake, table, round) for table in tables)
+    web = f"web-{round:04d}-"
+    return made or any(part.name.startswith(web) for part in list_parts(lake, "pairs"))
 
 
 def write_round(lake: Lake, record: RoundRecord) -> None:

@@ -61,7 +61,7 @@ CAPTIONS = pa.schema(
         _column("index", pa.int32(), "which of the image's captions, from 0"),
         _column("num_tokens", pa.int32(), "generated tokens"),
         _column("mean_logprob", _FLOAT, "mean log-probability of the generated tokens"),
-        _column("finish_reason", _TEXT, "end or length"),
+        _column("finish_reason", _TEXT, "sep (the model ended it) or length (the limit did)"),
         _column(
             "status", _TEXT, "ok, or the kind of failure; caption_id is unique among ok", False
         ),
@@ -112,7 +112,9 @@ METRICS = pa.schema(
     [
         _column("round", pa.int32(), "round that measured it", False),
         _column("model_id", _TEXT, "the model measured", False),
-        _column("dataset", _TEXT, "what it was measured on; train for training curves", False),
+        _column(
+            "dataset", _TEXT, "what it was measured on; train-<plan> for training curves", False
+        ),
         _column("metric", _TEXT, "name of the number", False),
         _column("value", _FLOAT, "the number"),
         _column("low", _FLOAT, "lower end of its 95 % interval"),
@@ -124,7 +126,7 @@ METRICS = pa.schema(
 ROUNDS = pa.schema(
     [
         _column("round", pa.int32(), "the round, from 1", False),
-        _column("status", _TEXT, "running, promoted, refused or failed", False),
+        _column("status", _TEXT, "running, promoted or refused", False),
         _column("settings", _TEXT, "what it was begun with, as a JSON object", False),
         _column("counts", _TEXT, "rows by stage, as a JSON object", False),
         _column("champion_before", _TEXT, "model id of the champion it began with"),

@@ -19,6 +19,7 @@ from storage import (
     caption_id,
     commit_part,
     committed_part,
+    fingerprint,
     read_part,
 )
 
@@ -35,15 +36,17 @@ def caption_shard(
     Captions are seeded by (seed, image_id, index). An image that cannot be decoded, and a caption
     that comes out empty, is a row with a status and no text.
     """
+    images = web_images(run, pairs)
     config = run.settings.caption.model_dump(mode="json") | {"seed": run.settings.seed}
-    basis = basis_of("caption", STAGE_VERSION, config, [pairs.fingerprint], captioner.model_id)
+    # By content: a shard that was dropped and fetched anew may hold other images.
+    inputs = [fingerprint("images", 1, {"image_ids": [row.image_id for row in images]}, [])]
+    basis = basis_of("caption", STAGE_VERSION, config, inputs, captioner.model_id)
     existing = committed_part(
         run.lake, "captions", pairs.name, round=run.round, basis=basis, on_stale=run.on_stale
     )
     if existing is not None:
         return existing, False
     clock = Clock()
-    images = web_images(run, pairs)
     records = _caption_images(run, images, captioner, on_progress)
     counts = counts_of([record["status"] for record in records])
     part = commit_part(

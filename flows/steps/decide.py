@@ -17,7 +17,7 @@ def decide_round(run: Run) -> PartRef:
         run.lake,
         run.round,
         policy=settings.policy,
-        params={"threshold": settings.threshold},
+        params={} if settings.threshold is None else {"threshold": settings.threshold},
         on_stale=run.on_stale,
     )
     logger.info("round %d policy %s: %d decisions", run.round, settings.policy, part.num_rows)

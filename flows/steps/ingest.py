@@ -44,12 +44,13 @@ def ingest_all(run: Run, on_progress: Callable[[int, int], None]) -> list[PartRe
         download = DownloadConfig(
             **settings.model_dump(exclude={"url_lists", "human", "heldout"}),
         )
-        for url_list in settings.url_lists:
+        for position, url_list in enumerate(settings.url_lists):
             parts += ingest_urls(
                 run.lake,
                 UrlListConfig(**url_list.model_dump()),
                 download,
                 round=run.round,
+                position=position,
                 on_stale=run.on_stale,
                 on_progress=on_progress,
             )

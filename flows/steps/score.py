@@ -19,7 +19,7 @@ from storage import (
     basis_of,
     commit_part,
     committed_part,
-    list_parts,
+    fingerprint,
     read_part,
 )
 
@@ -38,7 +38,9 @@ def score_shard(
 
     Returns the part and whether it was built. The text of a failed row is a row with its error.
     """
-    texts_of, inputs = _texts_by_image(run, pairs)
+    texts_of = _texts_by_image(run, pairs)
+    ids = sorted(text[0] for texts in texts_of.values() for text in texts)
+    inputs = [fingerprint("captions", 1, {"caption_ids": ids}, [])]
     config = run.settings.score.model_dump(mode="json")
     basis = basis_of("score", STAGE_VERSION, config, inputs, scorer.model_id)
     existing = committed_part(
@@ -70,22 +72,18 @@ def score_shard(
     return part, True
 
 
-def _texts_by_image(run: Run, pairs: PartRef) -> tuple[dict[str, list[Text]], list[str]]:
-    """The ok captions of a pairs part by image, web first, and the fingerprints of their parts."""
+def _texts_by_image(run: Run, pairs: PartRef) -> dict[str, list[Text]]:
+    """The ok captions of a pairs part by image, web first."""
     texts: dict[str, list[Text]] = {}
-    inputs = []
     for number in (0, run.round):
-        for part in list_parts(run.lake, "captions", number):
-            if part.name != pairs.name:
-                continue
-            inputs.append(part.fingerprint)
-            table = read_part(run.lake, part, ["caption_id", "image_id", "caption", "status"])
-            for row in table.to_pylist():
-                if row["status"] == "ok":
-                    texts.setdefault(row["image_id"], []).append(
-                        (row["caption_id"], row["caption"])
-                    )
-    return texts, inputs
+        part = committed_part(run.lake, "captions", pairs.name, round=number)
+        if part is None:
+            continue
+        table = read_part(run.lake, part, ["caption_id", "image_id", "caption", "status"])
+        for row in table.to_pylist():
+            if row["status"] == "ok":
+                texts.setdefault(row["image_id"], []).append((row["caption_id"], row["caption"]))
+    return texts
 
 
 def _score_images(

@@ -99,7 +99,7 @@ def train_model(
     if curve is not None and (made := _model_of(run.lake, curve)) is not None:
         return made, False
     clock = Clock()
-    folder = run.scratch("train", f"{plan.name}-{fingerprint_of(basis)[:16]}")
+    folder = run.lake.scratch("train", f"{plan.name}-{fingerprint_of(basis)[:16]}")
     history = _fit(run, plan, rows, folder, on_progress)
     ref = registry.register(
         run.lake,
@@ -144,7 +144,7 @@ def _fit(
         workers=run.settings.machine.decode_workers,
     )
     config = train_config(plan, run.settings.seed)
-    with SummaryWriter(run.scratch("tensorboard", f"{plan.name}-round-{plan.round}")) as board:
+    with SummaryWriter(run.lake.scratch("tensorboard", f"{plan.name}-round-{plan.round}")) as board:
 
         def on_log(log: TrainLog) -> None:
             for name, value in dataclasses.asdict(log).items():

@@ -59,17 +59,20 @@ def ingest_urls(
     config: DownloadConfig,
     *,
     round: int,
+    position: int = 0,
     on_stale: OnStale = "error",
     on_progress: Progress | None = None,
 ) -> list[PartRef]:
     """Bring a list of URLs into the lake as this round's; its pairs parts, then its captions parts.
 
-    Rows that the lake has from another round are skipped; with nothing new the answer is [].
+    `position` tells the lists of a round apart, from 0. Rows that the lake has from an earlier
+    list or round are skipped; with nothing new the answer is [].
     Raises MissingColumn, EmptyInput (an empty list, or no image in the whole lake afterwards),
     StaleOutput (this round took in something else), IntakeError, StorageFull.
     """
-    intake = _Intake(lake, url_list, config, round, on_stale)
-    done = finished_intake(lake, round, "web", intake.basis, on_stale)
+    intake = _Intake(lake, url_list, config, f"web-{round:04d}-{position:02d}", on_stale)
+    record = f"web-{position:02d}"
+    done = finished_intake(lake, round, record, intake.basis, on_stale)
     if done is not None:
         return list(done.parts)
     intake.drop_outdated()
@@ -83,7 +86,7 @@ def ingest_urls(
             f"({_outcomes(lake, parts)}); check the network, the proxy and the list, then run the "
             "same command again: they are fetched anew"
         )
-    remember_intake(lake, round, "web", IntakeRecord(basis=intake.basis, parts=tuple(parts)))
+    remember_intake(lake, round, record, IntakeRecord(basis=intake.basis, parts=tuple(parts)))
     # What runs with other settings left behind goes too.
     shutil.rmtree(lake.scratch("ingest"), ignore_errors=True)
     return parts
@@ -97,14 +100,15 @@ class _Intake:
         lake: Lake,
         url_list: UrlListConfig,
         config: DownloadConfig,
-        round: int,
+        source: str,
         on_stale: OnStale,
     ) -> None:
         self.lake, self.config, self.on_stale = lake, config, on_stale
-        self.source = f"web-{round:04d}"
+        self.source = source
         everything = [p for p in list_parts(lake, "pairs") if p.name.startswith("web-")]
-        self.own = [p for p in everything if p.name.startswith(f"{self.source}-")]
-        self.earlier = [p for p in everything if p not in self.own]
+        self.own = [p for p in everything if p.name.startswith(f"{source}-")]
+        # Names sort by round and position: what comes after this list is none of its business.
+        self.earlier = [p for p in everything if p.name < source]
         settings = config.data_settings() | {
             "name": url_list.name,
             "columns": {ours: theirs for theirs, ours in url_list.columns().items()},

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from cycle import FinishedCycle, bootstrap, command_environment, tiny_settings, write_settings
 
 
@@ -21,8 +20,17 @@ def api_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1"]
-        + ["--port", str(port)],
+        [
+            sys.executable,
+            "-m",
+            "prefect",
+            "server",
+            "start",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+        ],
         env=command_environment() | {"PREFECT_HOME": str(home)},
         stdin=subprocess.DEVNULL,
         stdout=(home / "server.log").open("wb"),

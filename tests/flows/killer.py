@@ -1,7 +1,7 @@
 """Run the cycle and kill this very process with SIGKILL at a chosen instant.
 
 usage: killer.py PLACE SETTINGS. A place is `TABLE:NTH` (between the data and the manifest of the
-NTH part that this process commits to TABLE), `train:STAGE` (in the middle of a training),
+NTH part that this process commits to TABLE, or under a name that begins so), `train:STAGE` (in the middle of a training),
 `download` (while img2dataset works), `promote` (champion written, round not closed) or `report`.
 """
 
@@ -27,7 +27,7 @@ def before_manifest(table: str, nth: int) -> None:
     original, seen = tables.write_manifest, []
 
     def write(root: Any, rel: str, manifest: Any) -> None:
-        if manifest.table == table and manifest.stage != "round":
+        if table in (manifest.table, manifest.part.partition("-")[0]) and manifest.stage != "round":
             seen.append(rel)
             if len(seen) == nth:
                 die()

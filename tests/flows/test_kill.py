@@ -29,6 +29,7 @@ PLACES = [
     "scores:2",
     "decisions:1",
     "train:retrain",
+    "heldout:2",
     "promote",
     "report",
 ]

@@ -211,13 +211,13 @@ def test_ingest_after_kill_gives_the_tables_of_an_undisturbed_run(
 def _damage_and_repair(lake: Lake, url_list: UrlListConfig, pictures: PictureServer) -> None:
     """A torn shard and a torn part are named, dropped, and fetched again; the rest stays."""
     whole = {table: rows_of(lake, table) for table in ("pairs", "captions")}
-    shard = layout.shard("web-0001-00003")
+    shard = layout.shard("web-0001-00-00003")
     lake.root.write_bytes(shard, lake.root.read_bytes(shard)[:5000])
-    lake.root.write_bytes("tables/captions/round=0000/web-0001-00007.parquet", b"")
+    lake.root.write_bytes("tables/captions/round=0000/web-0001-00-00007.parquet", b"")
     dropped = repair.repair(lake)
     assert {d.path for d in dropped} == {
         shard,
-        "tables/captions/round=0000/web-0001-00007.parquet",
+        "tables/captions/round=0000/web-0001-00-00007.parquet",
     }
     assert all(Path(d.path).name in d.why for d in dropped)
     assert query(lake, "FROM pairs").num_rows == 110
@@ -236,7 +236,7 @@ def test_later_round_adds_what_is_new(tmp_path: Path, pictures: PictureServer) -
     ingest_urls(lake, url_list, config, round=1)
     write_list(path, [*first, ("ok1.jpg", "uno"), ("ok3.jpg", "three")], host="later.test")
     parts = ingest_urls(lake, url_list, config, round=2)
-    assert [p.name for p in parts] == ["web-0002-00000", "web-0002-00000"]
+    assert [p.name for p in parts] == ["web-0002-00-00000", "web-0002-00-00000"]
     rows = query(lake, "SELECT alt_text, status, width FROM pairs ORDER BY row").to_pylist()
     assert [(r["alt_text"], r["status"], r["width"]) for r in rows] == [
         ("one", "ok", 32),
