@@ -297,6 +297,7 @@ def main() -> None:
     parser.add_argument("--heldout-split", choices=("dev", "test"), default="test")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--set", dest="overrides", action="append", default=[])
+    parser.add_argument("--web", type=int, help="use only so many web photographs")
     parser.add_argument("--quick", action="store_true", help="200 photographs, a few steps")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -304,7 +305,7 @@ def main() -> None:
         steps = [f"{stage}.steps=20" for stage in ("pretrain", "captioner", "filter")]
         options.overrides = [*steps, "pretrain.warmup_steps=2", *options.overrides]
     folder = options.out / "web"
-    build_web(options.photos, folder, options.heldout_split, 200 if options.quick else None)
+    build_web(options.photos, folder, options.heldout_split, 200 if options.quick else options.web)
     server = PhotoServer(options.photos / "images")
     results = []
     for seed in options.seeds:
