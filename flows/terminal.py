@@ -91,6 +91,8 @@ def _cell(value: Any) -> str:
 
 def fail(message: str) -> int:
     """Print an error that the user can act on; returns the exit status."""
-    errors.print(f"[bold red]error:[/] {message.replace('[', chr(92) + '[')}", highlight=False)
+    # Not wrapped: a path that is broken in two cannot be copied.
+    shown = message.replace("[", r"\[")
+    errors.print(f"[bold red]error:[/] {shown}", highlight=False, soft_wrap=True)
     sys.stdout.flush()
     return 2

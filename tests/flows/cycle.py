@@ -96,7 +96,7 @@ def bootstrap(
 
 def command_environment(api_url: str | None = None) -> dict[str, str]:
     """The tests' own environment, less what would name another lake or server."""
-    dropped = ("PREFECT_API_URL", "BOOTSTRAP_LAKE", "PREFECT_HOME")
+    dropped = ("PREFECT_API_URL", "BOOTSTRAP_LAKE", "PREFECT_HOME", "PREFECT_LOGGING_LEVEL")
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     environment["PYTHONPATH"] = str(ROOT)
     if api_url:

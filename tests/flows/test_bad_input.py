@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,12 +14,20 @@ from cycle import FinishedCycle, bootstrap, command_environment, stamps, write_s
 
 from storage import Lake
 
+Refusal = Callable[..., str]
 
-def _said(folder: Path, *arguments: str) -> str:
-    done = bootstrap(*arguments, cwd=folder, PREFECT_HOME=str(folder / "prefect"))
-    assert done.returncode == 2, done.stdout[-1500:] + done.stderr[-1500:]
-    assert "Traceback" not in done.stderr
-    return " ".join(done.stderr.split())
+
+@pytest.fixture
+def refusal(api_url: str) -> Refusal:
+    """Run a command that must be refused; what it says, on one line."""
+
+    def run(folder: Path, *arguments: str) -> str:
+        done = bootstrap(*arguments, cwd=folder, api_url=api_url)
+        assert done.returncode == 2, done.stdout[-1500:] + done.stderr[-1500:]
+        assert "Traceback" not in done.stderr
+        return " ".join(done.stderr.split())
+
+    return run
 
 
 def _changed(finished: FinishedCycle, tmp_path: Path, **sections: dict) -> str:
@@ -29,46 +38,48 @@ def _changed(finished: FinishedCycle, tmp_path: Path, **sections: dict) -> str:
 
 
 def test_changed_setting_names_the_field_and_both_ways_out(
-    finished: FinishedCycle, tmp_path: Path
+    refusal: Refusal, finished: FinishedCycle, tmp_path: Path
 ) -> None:
     before = stamps(finished.lake, "tables", "rounds", "models")
     config = _changed(finished, tmp_path, caption={"top_p": 0.5})
-    said = _said(tmp_path, "caption", "--config", config)
+    said = refusal(tmp_path, "caption", "--config", config)
     assert "caption.top_p: 0.9 -> 0.5" in said
     assert "--new-round" in said
     assert stamps(finished.lake, "tables", "rounds", "models") == before
 
 
 def test_second_run_on_a_lake_is_refused_naming_the_first(
-    finished: FinishedCycle, tmp_path: Path
+    refusal: Refusal, finished: FinishedCycle, tmp_path: Path
 ) -> None:
     with Lake.open(str(finished.lake)).lock("a long evaluation"):
-        said = _said(tmp_path, "decide", "--config", str(finished.config))
+        said = refusal(tmp_path, "decide", "--config", str(finished.config))
     assert "a long evaluation" in said
     assert str(os.getpid()) in said
 
 
-def test_lake_of_another_schema_version_is_refused(tmp_path: Path) -> None:
+def test_lake_of_another_schema_version_is_refused(refusal: Refusal, tmp_path: Path) -> None:
     lake = tmp_path / "lake"
     Lake.open(str(lake), create=True)
     record = json.loads((lake / "lake.json").read_text())
     (lake / "lake.json").write_text(json.dumps(record | {"schema_version": 99}))
-    said = _said(tmp_path, "sql", "SELECT 1", "--lake", str(lake))
+    said = refusal(tmp_path, "sql", "SELECT 1", "--lake", str(lake))
     assert "99" in said
 
 
-def test_stage_without_its_input_names_the_command_to_run(tmp_path: Path) -> None:
-    said = _said(tmp_path, "caption", "--lake", str(tmp_path / "lake"), "--preset", "photos")
+def test_stage_without_its_input_names_the_command_to_run(refusal: Refusal, tmp_path: Path) -> None:
+    said = refusal(tmp_path, "caption", "--lake", str(tmp_path / "lake"), "--preset", "photos")
     assert "bootstrap finetune-captioner" in said
 
 
-def test_next_round_of_an_empty_lake_says_to_run_the_cycle_first(tmp_path: Path) -> None:
-    said = _said(tmp_path, "next-round", "--lake", str(tmp_path / "lake"))
+def test_next_round_of_an_empty_lake_says_to_run_the_cycle_first(
+    refusal: Refusal, tmp_path: Path
+) -> None:
+    said = refusal(tmp_path, "next-round", "--lake", str(tmp_path / "lake"))
     assert "run the full cycle first" in said
 
 
-def test_sql_without_a_lake_says_how_to_name_one(tmp_path: Path) -> None:
-    assert "--lake" in _said(tmp_path, "sql", "SELECT 1")
+def test_sql_without_a_lake_says_how_to_name_one(refusal: Refusal, tmp_path: Path) -> None:
+    assert "--lake" in refusal(tmp_path, "sql", "SELECT 1")
 
 
 @pytest.mark.parametrize(
@@ -80,18 +91,18 @@ def test_sql_without_a_lake_says_how_to_name_one(tmp_path: Path) -> None:
     ids=["absent column", "empty list"],
 )
 def test_url_list_that_cannot_be_used(
-    tmp_path: Path, table: dict, ingest: dict, expected: str
+    refusal: Refusal, tmp_path: Path, table: dict, ingest: dict, expected: str
 ) -> None:
     urls = tmp_path / "urls.parquet"
     pq.write_table(pa.table({k: pa.array(v, pa.string()) for k, v in table.items()}), urls)
     settings = {"preset": None, "ingest": {"url_lists": [{"path": str(urls)}]}, **ingest}
     config = write_settings(tmp_path / "s.yaml", settings)
-    said = _said(tmp_path, "ingest", "--config", str(config), "--lake", str(tmp_path / "lake"))
+    said = refusal(tmp_path, "ingest", "--config", str(config), "--lake", str(tmp_path / "lake"))
     assert str(urls) in said
     assert expected in said
 
 
-def test_captions_of_absent_images_are_counted_and_named(tmp_path: Path) -> None:
+def test_captions_of_absent_images_are_counted_and_named(refusal: Refusal, tmp_path: Path) -> None:
     captions = tmp_path / "captions.parquet"
     pq.write_table(pa.table({"image": ["gone.jpg"], "caption": ["a dog"]}), captions)
     settings = {
@@ -99,23 +110,23 @@ def test_captions_of_absent_images_are_counted_and_named(tmp_path: Path) -> None
         "ingest": {"human": [{"captions": str(captions), "images": str(tmp_path)}]},
     }
     config = write_settings(tmp_path / "s.yaml", settings)
-    said = _said(tmp_path, "ingest", "--config", str(config), "--lake", str(tmp_path / "lake"))
+    said = refusal(tmp_path, "ingest", "--config", str(config), "--lake", str(tmp_path / "lake"))
     assert "gone.jpg" in said
 
 
-def test_nothing_to_take_in_is_an_error(tmp_path: Path) -> None:
+def test_nothing_to_take_in_is_an_error(refusal: Refusal, tmp_path: Path) -> None:
     config = write_settings(tmp_path / "s.yaml", {"preset": None})
-    said = _said(tmp_path, "ingest", "--config", str(config), "--lake", str(tmp_path / "lake"))
+    said = refusal(tmp_path, "ingest", "--config", str(config), "--lake", str(tmp_path / "lake"))
     assert "ingest.url_lists" in said
 
 
 def test_damaged_part_is_named_then_repaired_then_made_again(
-    finished: FinishedCycle, tmp_path: Path, api_url: str
+    refusal: Refusal, finished: FinishedCycle, tmp_path: Path, api_url: str
 ) -> None:
     part = next(finished.lake.glob("tables/captions/round=0001/*.parquet"))
     whole = part.read_bytes()
     part.write_bytes(whole[: len(whole) // 2])
-    said = _said(tmp_path, "decide", "--config", str(finished.config), "--on-stale", "rebuild")
+    said = refusal(tmp_path, "decide", "--config", str(finished.config), "--on-stale", "rebuild")
     assert part.name in said
     assert "bootstrap repair" in said
     repaired = bootstrap("repair", "--lake", str(finished.lake), cwd=tmp_path)
@@ -127,14 +138,11 @@ def test_damaged_part_is_named_then_repaired_then_made_again(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small file system")
 def test_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
-    finished: FinishedCycle, world_folder: Path, tmp_path: Path
+    refusal: Refusal, finished: FinishedCycle, tmp_path: Path, api_url: str
 ) -> None:
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)], check=False
-    )
-    if mounted.returncode:
+    if not _mounted(small, "size=300k"):
         pytest.skip("no right to mount a tmpfs here")
     try:
         settings = finished.settings | {
@@ -142,24 +150,33 @@ def test_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
             | {"lake": str(small / "lake"), "scratch": str(tmp_path / "scratch")}
         }
         config = str(write_settings(tmp_path / "small.yaml", settings))
-        said = _said(tmp_path, "ingest", "--config", config)
+        said = refusal(tmp_path, "ingest", "--config", config)
         assert "space" in said or "full" in said.lower()
         subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True)
-        done = bootstrap(
-            "ingest", "--config", config, cwd=tmp_path, PREFECT_HOME=str(tmp_path / "prefect")
-        )
+        done = bootstrap("ingest", "--config", config, cwd=tmp_path, api_url=api_url)
         assert done.returncode == 0, done.stderr[-1500:]
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_folder_without_write_permission_is_named(tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
+def test_folder_that_cannot_be_written_is_named(refusal: Refusal, tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
-    said = _said(tmp_path, "ingest", "--lake", str(closed / "lake"))
-    assert str(closed) in said
+    if os.geteuid() == 0 and not _mounted(closed, "ro"):
+        pytest.skip("root may write anywhere, and has no right to mount a read-only folder here")
+    try:
+        said = refusal(tmp_path, "ingest", "--lake", str(closed / "lake"))
+        assert str(closed) in said
+        assert "write" in said
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", str(closed)], check=True)
+
+
+def _mounted(folder: Path, options: str) -> bool:
+    """Mount a small tmpfs on a folder of the test's own; False where that is not allowed."""
+    arguments = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    return subprocess.run(arguments, check=False, capture_output=True).returncode == 0
 
 
 def test_commands_without_options_explain_themselves() -> None:
