@@ -12,6 +12,7 @@ from flows import artifacts, stages
 from flows.outcome import RoundOutcome, nothing_new, outcome
 from flows.session import open_run
 from flows.settings import BootstrapSettings
+from flows.steps.ingest import require_sets
 
 
 @flow(name="bootstrap", log_prints=False)
@@ -22,6 +23,7 @@ def bootstrap(settings: BootstrapSettings) -> RoundOutcome:
         settings: preset and whatever is changed over it.
     """
     with open_run(settings, purpose="bootstrap") as run:
+        require_sets(run)
         stages.ingest(settings)
         if (idle := nothing_new(run)) is not None:
             artifacts.note(idle.why, run)

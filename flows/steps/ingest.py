@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flows.errors import MissingInput
 from flows.quickstart.server import WorldServer
 from flows.quickstart.world import World, WorldConfig, build_world
 from flows.sections import CaptionSetSettings, IngestSettings, UrlListSettings
@@ -17,6 +18,7 @@ from storage import (
     EmptyInput,
     PartRef,
     UrlListConfig,
+    connect,
     ingest_captions,
     ingest_urls,
 )
@@ -55,6 +57,29 @@ def ingest_all(run: Run, on_progress: Callable[[int, int], None]) -> list[PartRe
                 on_progress=on_progress,
             )
     return parts
+
+
+def require_sets(run: Run) -> None:
+    """Refuse a cycle that could not end, before hours of downloading.
+
+    Raises:
+        MissingInput: neither the settings nor the lake have human pairs, or held-out ones.
+    """
+    settings = run.settings.ingest
+    if run.settings.world is not None or not settings.url_lists:
+        return
+    purposes = {
+        "human": "captioner and filter are finetuned on them",
+        "heldout": "models are measured and compared on them",
+    }
+    with connect(run.lake) as connection:
+        for pool, purpose in purposes.items():
+            known = connection.execute(f"SELECT count(*) FROM {pool}").fetchall()[0][0]
+            if not known and not getattr(settings, pool):
+                raise MissingInput(
+                    f"lake {run.lake.uri} has no {pool} pairs and ingest.{pool} names none: "
+                    f"{purpose}; give ingest.{pool} a captions file and the folder of its images"
+                )
 
 
 @contextmanager

@@ -114,6 +114,33 @@ def test_captions_of_absent_images_are_counted_and_named(refusal: Refusal, tmp_p
     assert "gone.jpg" in said
 
 
+def test_cycle_without_human_pairs_is_refused_before_any_download(
+    refusal: Refusal, tmp_path: Path
+) -> None:
+    urls = tmp_path / "urls.parquet"
+    pq.write_table(pa.table({"url": ["http://x.test/1.jpg"], "alt_text": ["a dog"]}), urls)
+    config = write_settings(
+        tmp_path / "s.yaml", {"preset": None, "ingest": {"url_lists": [{"path": str(urls)}]}}
+    )
+    said = refusal(tmp_path, "run", "--config", str(config), "--lake", str(tmp_path / "lake"))
+    assert "ingest.human" in said
+    assert not (tmp_path / "lake" / "tables" / "pairs").exists()
+
+
+def test_corrected_setting_is_taken_when_the_first_attempt_made_nothing(
+    refusal: Refusal, tmp_path: Path
+) -> None:
+    lake, captions = tmp_path / "lake", tmp_path / "captions.parquet"
+    pq.write_table(pa.table({"image": ["gone.jpg"], "caption": ["a dog"]}), captions)
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        sets = [{"captions": str(captions), "images": str(tmp_path / folder)}]
+        config = write_settings(tmp_path / "s.yaml", {"preset": None, "ingest": {"human": sets}})
+        said = refusal(tmp_path, "ingest", "--config", str(config), "--lake", str(lake))
+        assert folder in said
+        assert "other settings" not in said
+
+
 def test_nothing_to_take_in_is_an_error(refusal: Refusal, tmp_path: Path) -> None:
     config = write_settings(tmp_path / "s.yaml", {"preset": None})
     said = refusal(tmp_path, "ingest", "--config", str(config), "--lake", str(tmp_path / "lake"))
