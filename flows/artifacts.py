@@ -61,7 +61,8 @@ def note(text: str, run: Run) -> None:
 def _metrics_table(run: Run, record: rounds.RoundRecord) -> list[str]:
     with connect(run.lake) as connection:
         rows = connection.execute(
-            "SELECT metric, model_id, value FROM metrics WHERE dataset = 'heldout'"
+            "SELECT metric, model_id, value FROM metrics WHERE dataset = 'heldout' AND round = ?",
+            [run.round],
         ).fetchall()
     values = {(metric, model_id): value for metric, model_id, value in rows}
     before = record.champion_before or _model_id(run, 0)

@@ -67,3 +67,13 @@ def finish_round(run: Run, verdict: Verdict, champion_id: str) -> None:
             finished_at=datetime.now(UTC),
         ),
     )
+
+
+def reopen_round(run: Run) -> None:
+    """Take back the verdict of a round whose model was trained anew, so that the gate judges it."""
+    record = rounds.read_round(run.lake, run.round)
+    if record is not None and record.status != "running":
+        reopened = dataclasses.replace(
+            record, status="running", champion_after=None, why=None, finished_at=None
+        )
+        rounds.write_round(run.lake, reopened)

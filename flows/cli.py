@@ -170,15 +170,14 @@ def _bars() -> Any:
 
 def _sql(options: argparse.Namespace) -> int:
     from flows.sqlprompt import prompt
+    from flows.terminal import rows_of
     from storage import Lake, query
 
     lake = Lake.open(find_lake(options.lake), read_only=True)
     if options.query is None:
         return prompt(lake)
     result = query(lake, options.query)
-    _print_rows(
-        result.column_names, [tuple(row.values()) for row in result.to_pylist()], options.format
-    )
+    _print_rows(result.column_names, rows_of(result), options.format)
     return 0
 
 
@@ -197,6 +196,7 @@ def _print_rows(names: list[str], rows: list[tuple[Any, ...]], form: str) -> Non
 
 
 def _rounds(options: argparse.Namespace) -> int:
+    from flows.terminal import rows_of
     from storage import Lake, query
 
     lake = Lake.open(find_lake(options.lake), read_only=True)
@@ -205,7 +205,7 @@ def _rounds(options: argparse.Namespace) -> int:
         "SELECT round, status, why, champion_before, champion_after, started_at, finished_at "
         "FROM rounds ORDER BY round",
     )
-    _print_rows(result.column_names, [tuple(row.values()) for row in result.to_pylist()], "table")
+    _print_rows(result.column_names, rows_of(result), "table")
     return 0
 
 

@@ -74,4 +74,4 @@ def _forget_round(run: Run) -> None:
     """Remove the record of a round that made nothing."""
     for part in list_parts(run.lake, "rounds", run.round):
         drop_part(run.lake, part)
-    run.lake.root.remove(layout.round_settings(run.round))
+    run.lake.root.remove(layout.round_dir(run.round))

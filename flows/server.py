@@ -79,6 +79,7 @@ def up(project: Path) -> ServerState:
     server = _start(
         project, ["server", "start", "--host", "127.0.0.1", "--port", str(port)], "server"
     )
+    started = [server]
     try:
         _wait_for(lambda: _healthy(api_url), server, folder / "server.log", "server")
         (project / "prefect.toml").write_text(
@@ -90,9 +91,12 @@ def up(project: Path) -> ServerState:
         _deploy(project, api_url)
         worker_command = ["worker", "start", "--pool", WORK_POOL, "--type", "process"]
         worker = _start(project, worker_command, "worker", api_url)
+        started.append(worker)
         _wait_for(lambda: _worker_online(api_url), worker, folder / "worker.log", "worker")
     except BaseException:
-        _terminate(server.pid)
+        for process in started:
+            _terminate(process.pid)
+        (project / "prefect.toml").unlink(missing_ok=True)
         raise
     state = ServerState(
         port=port,

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from flows.errors import MissingInput
+from flows.errors import MissingInput, SettingsError
 from flows.settings import BootstrapSettings
-from storage import Lake, registry, rounds
+from storage import Lake, layout, registry, rounds
 from storage.tables import OnStale
 
 logger = logging.getLogger(__name__)
@@ -40,15 +40,29 @@ class Run:
     @property
     def device(self) -> torch.device:
         """The device that models run on."""
-        name = self.settings.machine.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(name)
+        return choose_device(self.settings.machine.device)
 
     @property
     def on_stale(self) -> OnStale:
         """What to do with a committed part that was made from something else."""
         return self.settings.machine.on_stale
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of a name; auto is CUDA where there is one. Raises SettingsError."""
+    has_cuda = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if has_cuda else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as err:
+        raise SettingsError(f"machine.device {name!r} is none: give auto, cpu or cuda:N") from err
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(
+            f"machine.device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices; give "
+            "auto or cpu, or install a CUDA build of torch"
+        )
+    return device
 
 
 @contextmanager
@@ -65,16 +79,23 @@ def open_run(settings: BootstrapSettings, *, purpose: str) -> Iterator[Run]:
         yield held
         return
     _show_log_lines()
+    choose_device(settings.machine.device)
     if settings.machine.num_threads:
         torch.set_num_threads(settings.machine.num_threads)
     scratch = settings.machine.scratch
-    lake = Lake.open(uri, create=True, scratch_root=Path(scratch).expanduser() if scratch else None)
+    lake = Lake.open(
+        uri, create=True, scratch_root=Path(scratch).expanduser().resolve() if scratch else None
+    )
     with lake.lock(purpose):
         remember_lake(uri)
         number = choose_round(lake, settings, purpose)
         champion = registry.champion(lake) if number > 1 else None
         rounds.begin_round(
-            lake, number, settings.as_basis(), champion.model_id if champion else None
+            lake,
+            number,
+            settings.as_basis(),
+            champion.model_id if champion else None,
+            replace=settings.machine.on_stale == "rebuild",
         )
         run = Run(lake, settings, number)
         _open_runs[uri] = run
@@ -104,7 +125,8 @@ def choose_round(lake: Lake, settings: BootstrapSettings, purpose: str) -> int:
                 f"lake {settings.machine.lake} has no round yet: run the full cycle first "
                 "(`bootstrap run`, or `prefect deployment run bootstrap/full-cycle`)"
             )
-        return latest.round if latest.status == "running" else latest.round + 1
+        finished = latest.status != "running" and lake.root.exists(layout.report(latest.round))
+        return latest.round + 1 if finished else latest.round
     if purpose == "bootstrap" or latest is None:
         return 1
     return int(latest.round)

@@ -45,6 +45,7 @@ INGEST_NOT_IN_FINGERPRINTS = (
     "max_restarts",
     "slice_rows",
 )
+TRAIN_NOT_IN_FINGERPRINTS = ("checkpoint_every_steps", "log_every_steps")
 
 
 class BootstrapSettings(Section):
@@ -95,6 +96,16 @@ class BootstrapSettings(Section):
             return given
         return merge(load_preset(str(preset)), {**given, "preset": str(preset)})
 
+    @model_validator(mode="after")
+    def _one_web(self) -> BootstrapSettings:
+        own = [name for name in ("url_lists", "human", "heldout") if getattr(self.ingest, name)]
+        if self.world is not None and own:
+            raise ValueError(
+                f"ingest.{own[0]} is given, but preset {self.preset!r} draws a world of its own: add "
+                "world: null, or name a preset without a world"
+            )
+        return self
+
     def as_basis(self) -> dict[str, Any]:
         """The settings of the data: what a round may not change half-way."""
         dumped: dict[str, Any] = self.model_dump(mode="json")
@@ -102,6 +113,11 @@ class BootstrapSettings(Section):
             dumped.pop(name)
         for name in INGEST_NOT_IN_FINGERPRINTS:
             dumped["ingest"].pop(name)
+        for name in ("caption", "score", "evaluate"):
+            dumped[name].pop("batch_size")
+        for name in ("pretrain", "captioner", "filter", "retrain"):
+            for field in TRAIN_NOT_IN_FINGERPRINTS:
+                (dumped[name] or {}).pop(field, None)
         return dumped
 
     @property

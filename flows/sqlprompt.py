@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from flows.terminal import console, fail, table
+from flows.terminal import console, fail, rows_of, table
 from storage import Lake, StorageError, query
 
 VIEWS = (
@@ -44,6 +44,6 @@ def _answer(lake: Lake, statement: str) -> None:
     except StorageError as err:
         fail(str(err))
         return
-    rows = [tuple(row.values()) for row in result.to_pylist()]
+    rows = rows_of(result)
     console.print(table(result.column_names, rows))
     console.print(f"{len(rows)} rows", style="dim")

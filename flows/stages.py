@@ -12,7 +12,7 @@ from collections.abc import Callable
 from prefect import flow
 
 from flows import artifacts, models, tasks
-from flows.book import finish_round, timed
+from flows.book import finish_round, reopen_round, timed
 from flows.progress import StageProgress
 from flows.quickstart.truth import measure_truth
 from flows.refs import StageResult
@@ -45,7 +45,8 @@ def pretrain(settings: BootstrapSettings) -> ModelRef:
     """The first model, on the raw web pairs and the human pairs (paper, section 3.2); round 0."""
     with open_run(settings, purpose="pretrain") as run:
         ref = _train(run, plans.pretrain(run))
-        if registry.champion(run.lake) is None:
+        last = registry.last_promotion(run.lake)
+        if last is None or (last["round"] == 0 and last["model_id"] != ref.model_id):
             registry.promote(run.lake, ref.model_id, 0, "the first model")
         return ref
 
@@ -106,7 +107,7 @@ def curate(settings: BootstrapSettings) -> StageResult:
 def train(settings: BootstrapSettings) -> ModelRef:
     """A NEW model on the round's clean set and the human pairs (paper, Table 13)."""
     with open_run(settings, purpose="train") as run:
-        return _train(run, plans.retrain(run))
+        return _train(run, plans.retrain(run), reopens=True)
 
 
 @flow(name="evaluate")
@@ -135,7 +136,8 @@ def gate(settings: BootstrapSettings) -> Verdict:
         verdict = judge(run, champion, challenger)
         record = rounds.read_round(run.lake, run.round)
         if record is None or record.status == "running":
-            if verdict.promoted:
+            latest = rounds.latest_round(run.lake)
+            if verdict.promoted and latest is not None and latest.round == run.round:
                 registry.promote(run.lake, challenger.model_id, run.round, verdict.why)
             finish_round(run, verdict, (challenger if verdict.promoted else champion).model_id)
         logger.info("round %d: %s", run.round, verdict.why)
@@ -152,10 +154,15 @@ def report(settings: BootstrapSettings) -> str:
         return path
 
 
-def _train(run: Run, plan: TrainPlan) -> ModelRef:
-    """One training as a task, with its progress and its time in the round's record."""
+def _train(run: Run, plan: TrainPlan, *, reopens: bool = False) -> ModelRef:
+    """One training as a task, with its progress and its time in the round's record.
+
+    With `reopens`, a model that was built anew takes back the verdict on the one before it.
+    """
     with timed(run, plan.name), StageProgress(plan.name, "Optimizer steps", run.round) as progress:
         ref, built = tasks.train_model_task(run, plan, progress)
+    if built and reopens:
+        reopen_round(run)
     logger.info(
         "round %d %s: model %s %s",
         run.round,

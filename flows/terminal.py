@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+import pyarrow as pa
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -79,6 +80,11 @@ def table(names: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None
     for row in rows:
         shown.add_row(*(_cell(value) for value in row))
     return shown
+
+
+def rows_of(result: pa.Table) -> list[tuple[Any, ...]]:
+    """The rows of a query's answer, column by column: two columns may have one name."""
+    return list(zip(*(column.to_pylist() for column in result.columns), strict=True))
 
 
 def _cell(value: Any) -> str:

@@ -88,7 +88,7 @@ class Lake:
         if work is None:
             base = self.scratch_root or os.environ.get("BOOTSTRAP_SCRATCH", tempfile.gettempdir())
             name = hashlib.sha256(self.uri.encode()).hexdigest()[:12]
-            work = Path(base) / f"bootstrap-{name}"
+            work = Path(base).resolve() / f"bootstrap-{name}"
         folder = work.joinpath(*parts)
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -91,6 +91,11 @@ def report(round: int) -> str:
     return f"reports/round={round:04d}/index.html"
 
 
+def web_shards(round: int, position: int | None = None) -> str:
+    """What the names of a round's web shards begin with; they sort by round, then by list."""
+    return f"web-{round:04d}-" if position is None else f"web-{round:04d}-{position:02d}"
+
+
 def part_name(source: str, index: int) -> str:
     """The name of the index-th shard of a source, and of the parts made from it."""
     return f"{source}-{index:05d}"

@@ -37,7 +37,10 @@ SELECT
 FROM captions c
 LEFT JOIN scores s ON s.caption_id = c.caption_id AND s.round = $round
 WHERE c.status = 'ok'
-  AND ((c.source = 'web' AND c.round = 0) OR (c.source = 'synthetic' AND c.round = $round))
+  -- Shards are named by the round that took them in; a round decides on what it had.
+  AND ((c.source = 'web' AND c.round = 0 AND EXISTS (
+          SELECT 1 FROM pairs p
+          WHERE p.image_id = c.image_id AND p.pool = 'web' AND p.shard < $next_round)) OR (c.source = 'synthetic' AND c.round = $round))
 """
 
 DECIDED = """
@@ -81,6 +84,7 @@ def decide(
             ref.fingerprint
             for table, of in (("captions", 0), ("captions", round), ("scores", round))
             for ref in list_parts(lake, table, of)
+            if ref.name < layout.web_shards(round + 1)
         ),
     )
     ref = committed_part(lake, "decisions", name, round=round, basis=basis, on_stale=on_stale)
@@ -120,7 +124,7 @@ def _decide(
     memory_limit: str,
 ) -> PartRef:
     with catalog.disk_watched(lake, layout.WORK), catalog.connect(lake, memory_limit) as con:
-        con.execute(CANDIDATES, {"round": round})
+        con.execute(CANDIDATES, {"round": round, "next_round": layout.web_shards(round + 1)})
         num_in = _count(con, "SELECT count(*) FROM candidates")
         if num_in == 0:
             raise EmptyInput(

@@ -68,7 +68,9 @@ def register(
     _upload(lake, local_folder, model_id, record)
     name = f"{role}-{model_id}"
     basis = basis_of("register", 1, record, [trained_on or ""], model_id)
-    if committed_part(lake, "models", name, round=round, basis=basis, on_stale="rebuild") is None:
+    known = committed_part(lake, "models", name, round=round, basis=basis, on_stale="rebuild")
+    newest = find(lake, role, round)
+    if known is None or newest is None or newest.model_id != model_id:
         row = record | {"created_at": datetime.now(UTC)}
         commit_part(lake, "models", name, pa.Table.from_pylist([row]), round=round, basis=basis)
     return ModelRef(model_id=model_id, role=role, round=round, path=layout.model_dir(model_id))
@@ -87,9 +89,18 @@ def resolve(lake: Lake, model_id: str) -> ModelRef:
 
 
 def find(lake: Lake, role: str, round: int) -> ModelRef | None:
-    """The model of a role that a round made; the last by id when there are several."""
-    rows = [r for r in list_models(lake, round) if r.role == role]
-    return rows[-1] if rows else None
+    """The model of a role that a round made; after a rebuild there are several, the newest counts."""
+    columns = ["model_id", "role", "round", "path", "created_at"]
+    rows = [
+        row
+        for ref in list_parts(lake, "models", round)
+        for row in read_part(lake, ref, columns).to_pylist()
+        if row["role"] == role
+    ]
+    if not rows:
+        return None
+    newest = max(rows, key=lambda row: (row["created_at"], row["model_id"]))
+    return ModelRef(**{name: newest[name] for name in columns[:-1]})
 
 
 def list_models(lake: Lake, round: int | None = None) -> list[ModelRef]:
@@ -127,6 +138,12 @@ def lineage_of(lake: Lake, model_id: str) -> dict[str, Any]:
     """Where a model comes from: parent, round, training set, configuration."""
     record: dict[str, Any] = json.loads(lake.root.read_bytes(layout.lineage(model_id)))
     return record
+
+
+def last_promotion(lake: Lake) -> dict[str, Any] | None:
+    """The last entry of the champion's history: model_id, round, why."""
+    state = _champion_state(lake)
+    return dict(state["history"][-1]) if state else None
 
 
 def champion(lake: Lake) -> ModelRef | None:

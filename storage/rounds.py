@@ -46,24 +46,35 @@ class RoundRecord:
 
 
 def begin_round(
-    lake: Lake, round: int, settings: Mapping[str, Any], champion_before: str | None = None
+    lake: Lake,
+    round: int,
+    settings: Mapping[str, Any],
+    champion_before: str | None = None,
+    *,
+    replace: bool = False,
 ) -> RoundRecord:
     """Begin a round, or go on with it; `settings` are those that shape the data.
 
-    Raises SettingsChanged, naming each field, when the round was begun with others.
+    Raises SettingsChanged, naming each field, when the round was begun with others. With `replace`
+    an unfinished round takes the new ones; what was made from the old ones is then made anew.
     """
     now = json.loads(canonical(settings))
     began = settings_of(lake, round)
-    if began is not None and began != now and not _made_anything(lake, round):
+    record = read_round(lake, round)
+    unfinished = record is None or record.status == "running"
+    if began is not None and began != now and unfinished:
         # A first attempt that failed at once, on a mistyped column say, pins nothing.
-        began = None
+        began = None if replace or not _made_anything(lake, round) else began
     if began is not None and began != now:
         raise SettingsChanged(
             f"round {round} of {lake.uri} was begun with other settings: "
-            f"{'; '.join(explain(began, now))}; give the old value, or run with --new-round to "
-            "keep that round and start another"
+            f"{'; '.join(explain(began, now))}; give the old value, or "
+            + (
+                "run with --on-stale rebuild to go on with the new one"
+                if unfinished
+                else "run with --new-round to keep that round and start another"
+            )
         )
-    record = read_round(lake, round)
     if began is None:
         lake.root.write_bytes(
             layout.round_settings(round), json.dumps(now, indent=2, sort_keys=True).encode()
@@ -85,7 +96,7 @@ def _made_anything(lake: Lake, round: int) -> bool:
     """Whether any part of a round, or web pairs taken in by it, is committed."""
     tables = ("captions", "scores", "decisions", "models", "metrics")
     made = any(list_parts(lake, table, round) for table in tables)
-    web = f"web-{round:04d}-"
+    web = layout.web_shards(round)
     return made or any(part.name.startswith(web) for part in list_parts(lake, "pairs"))
 
 

@@ -30,7 +30,7 @@ def measure_truth(run: Run, ref: ModelRef, world: World) -> PartRef:
     )
     name = f"truth-{ref.model_id[:16]}"
     existing = committed_part(
-        run.lake, "metrics", name, round=ref.round, basis=basis, on_stale=run.on_stale
+        run.lake, "metrics", name, round=run.round, basis=basis, on_stale=run.on_stale
     )
     if existing is not None:
         return existing
@@ -41,7 +41,7 @@ def measure_truth(run: Run, ref: ModelRef, world: World) -> PartRef:
     rate = caption_truth(zip(ids, texts, strict=True), world)
     low, high = rate.interval()
     record = {
-        "round": ref.round,
+        "round": run.round,
         "model_id": ref.model_id,
         "dataset": DATASET,
         "metric": METRIC,
@@ -51,4 +51,4 @@ def measure_truth(run: Run, ref: ModelRef, world: World) -> PartRef:
         "n": rate.n,
     }
     table = rows_table("metrics", [record])
-    return commit_part(run.lake, "metrics", name, table, round=ref.round, basis=basis, clock=clock)
+    return commit_part(run.lake, "metrics", name, table, round=run.round, basis=basis, clock=clock)

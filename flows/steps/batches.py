@@ -82,19 +82,31 @@ def _gather(chunk: Sequence[ImageRow], futures: list[Future[torch.Tensor | str]]
 def isolate(work: Callable[[list[T]], list[R]], items: list[T]) -> list[R | Exception]:
     """`work(items)`, halved on failure until the item that fails is alone (invariant 8).
 
-    The failing item's place holds its exception; running out of memory halves too.
+    The failing item's place holds its exception; running out of memory halves too. A device that
+    is broken, or a batch of several in which nothing succeeds, is no poison row: it is raised.
     """
+    results = _halved(work, items)
+    failures = [result for result in results if isinstance(result, Exception)]
+    if len(items) > 1 and len(failures) == len(items):
+        raise failures[-1]
+    return results
+
+
+def _halved(work: Callable[[list[T]], list[R]], items: list[T]) -> list[R | Exception]:
     if not items:
         return []
     try:
         return list(work(items))
     except (RuntimeError, ValueError, IndexError, FloatingPointError) as err:
+        broken = isinstance(err, torch.AcceleratorError)
+        if broken and not isinstance(err, torch.OutOfMemoryError):
+            raise
         if len(items) == 1:
             logger.warning("one row failed alone: %s", err)
             return [err]
         middle = len(items) // 2
         logger.info("a batch of %d failed (%s); halving it", len(items), err)
-        return [*isolate(work, items[:middle]), *isolate(work, items[middle:])]
+        return [*_halved(work, items[:middle]), *_halved(work, items[middle:])]
 
 
 def counts_of(statuses: Sequence[str]) -> Counts:

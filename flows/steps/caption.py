@@ -37,7 +37,8 @@ def caption_shard(
     that comes out empty, is a row with a status and no text.
     """
     images = web_images(run, pairs)
-    config = run.settings.caption.model_dump(mode="json") | {"seed": run.settings.seed}
+    settings = run.settings.caption.model_dump(mode="json", exclude={"batch_size"})
+    config = settings | {"seed": run.settings.seed}
     # By content: a shard that was dropped and fetched anew may hold other images.
     inputs = [fingerprint("images", 1, {"image_ids": [row.image_id for row in images]}, [])]
     basis = basis_of("caption", STAGE_VERSION, config, inputs, captioner.model_id)

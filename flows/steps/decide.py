@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import logging
 
+from flows.errors import MissingInput
 from flows.session import Run
-from storage import PartRef, decide
+from flows.steps.shards import web_parts
+from storage import PartRef, decide, list_parts
 
 logger = logging.getLogger(__name__)
 
 
 def decide_round(run: Run) -> PartRef:
-    """Decide on every web and synthetic caption of the round, or find it decided the same way."""
+    """Decide on every web and synthetic caption of the round, or find it decided the same way.
+
+    Raises:
+        MissingInput: some shard has not been scored in this round.
+    """
     settings = run.settings.decide
+    scored = {part.name for part in list_parts(run.lake, "scores", run.round)}
+    missing = [part.name for part in web_parts(run) if part.name not in scored]
+    if missing:
+        raise MissingInput(
+            f"{len(missing)} shards have no scores of round {run.round}, {missing[0]} among them; run "
+            "`bootstrap score` first"
+        )
     part = decide(
         run.lake,
         run.round,

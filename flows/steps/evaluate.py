@@ -54,18 +54,25 @@ class HeldOut:
 
 
 def evaluate_model(run: Run, ref: ModelRef) -> PartRef:
-    """Measure one model, or find it measured; one part of `metrics` for each model.
+    """Measure one model for this round, or find it measured; one part of `metrics` each.
+
+    A champion is measured again in every round: figures that are compared were made alike.
 
     Raises:
         MissingInput: the lake has no held-out pairs.
     """
     settings = run.settings.evaluate
-    config = settings.model_dump(mode="json") | {"seed": run.settings.seed}
+    config = settings.model_dump(mode="json", exclude={"batch_size"}) | {
+        "seed": run.settings.seed,
+        "max_text_tokens": run.settings.score.max_text_tokens,
+        "prompt": run.settings.caption.prompt,
+        "pixel_stats": run.settings.model.pixel_stats,
+    }
     heldout = held_out(run)
     basis = basis_of("evaluate", STAGE_VERSION, config, _heldout_inputs(heldout), ref.model_id)
     name = f"{DATASET}-{ref.model_id[:16]}"
     existing = committed_part(
-        run.lake, "metrics", name, round=ref.round, basis=basis, on_stale=run.on_stale
+        run.lake, "metrics", name, round=run.round, basis=basis, on_stale=run.on_stale
     )
     if existing is not None:
         return existing
@@ -74,7 +81,7 @@ def evaluate_model(run: Run, ref: ModelRef) -> PartRef:
     metrics = [*_matching(run, loaded, heldout), *_captioning(run, loaded, heldout)]
     records = [
         {
-            "round": ref.round,
+            "round": run.round,
             "model_id": ref.model_id,
             "dataset": DATASET,
             "metric": metric.name,
@@ -86,7 +93,7 @@ def evaluate_model(run: Run, ref: ModelRef) -> PartRef:
         for metric in metrics
     ]
     table = rows_table("metrics", records)
-    return commit_part(run.lake, "metrics", name, table, round=ref.round, basis=basis, clock=clock)
+    return commit_part(run.lake, "metrics", name, table, round=run.round, basis=basis, clock=clock)
 
 
 def held_out(run: Run) -> HeldOut:

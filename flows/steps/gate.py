@@ -41,8 +41,9 @@ def judge(run: Run, champion: ModelRef, challenger: ModelRef) -> Verdict:
 def _recall(run: Run, ref: ModelRef) -> float:
     with connect(run.lake) as connection:
         row = connection.execute(
-            "SELECT value FROM metrics WHERE model_id = ? AND metric = ? AND dataset = 'heldout'",
-            [ref.model_id, HEADLINE],
+            "SELECT value FROM metrics WHERE model_id = ? AND metric = ? AND dataset = 'heldout' "
+            "AND round = ?",
+            [ref.model_id, HEADLINE, run.round],
         ).fetchone()
     if row is None:
         raise MissingInput(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from flows import models
+from flows.errors import MissingInput
 from flows.session import Run
 from flows.steps.train import ALL_OBJECTIVES, TrainPlan
-from storage import ModelRef
+from storage import ModelRef, layout, list_parts
 
-HUMAN_SQL = "SELECT image_id, caption, source FROM human"
-RAW_SQL = f"SELECT image_id, caption, source FROM raw UNION ALL {HUMAN_SQL}"
+HUMAN_SQL = "SELECT DISTINCT image_id, caption, source FROM human"
+FIRST_ROUND_SQL = f"""
+    SELECT DISTINCT image_id, caption, source FROM raw WHERE shard < '{layout.web_shards(2)}'
+    UNION ALL {HUMAN_SQL}
+"""
 
 
 def clean_sql(round: int) -> str:
@@ -22,7 +26,7 @@ def pretrain(run: Run) -> TrainPlan:
         name="pretrain",
         role="med",
         round=0,
-        sql=RAW_SQL,
+        sql=FIRST_ROUND_SQL,
         objectives=ALL_OBJECTIVES,
         parent=None,
         tokenizer_of=None,
@@ -61,7 +65,13 @@ def filter_(run: Run) -> TrainPlan:
 
 
 def retrain(run: Run) -> TrainPlan:
-    """A new model on the clean set; it takes over the starting model's vocabulary only."""
+    """A new model on the clean set; it takes over the starting model's vocabulary only.
+
+    Raises:
+        MissingInput: the round has not decided yet.
+    """
+    if not list_parts(run.lake, "decisions", run.round):
+        raise MissingInput(f"round {run.round} has no decisions; run `bootstrap decide` first")
     return TrainPlan(
         name="retrain",
         role="med",

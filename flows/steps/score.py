@@ -9,6 +9,7 @@ from typing import Any
 
 from blip_core import Scorer
 from flows import models
+from flows.errors import MissingInput
 from flows.session import Run
 from flows.steps.batches import ImageBatch, counts_of, image_batches, isolate, rows_table
 from flows.steps.caption import web_images
@@ -41,7 +42,7 @@ def score_shard(
     texts_of = _texts_by_image(run, pairs)
     ids = sorted(text[0] for texts in texts_of.values() for text in texts)
     inputs = [fingerprint("captions", 1, {"caption_ids": ids}, [])]
-    config = run.settings.score.model_dump(mode="json")
+    config = run.settings.score.model_dump(mode="json", exclude={"batch_size"})
     basis = basis_of("score", STAGE_VERSION, config, inputs, scorer.model_id)
     existing = committed_part(
         run.lake, "scores", pairs.name, round=run.round, basis=basis, on_stale=run.on_stale
@@ -73,12 +74,15 @@ def score_shard(
 
 
 def _texts_by_image(run: Run, pairs: PartRef) -> dict[str, list[Text]]:
-    """The ok captions of a pairs part by image, web first."""
+    """The ok captions of a pairs part by image, web first. MissingInput before captioning."""
     texts: dict[str, list[Text]] = {}
     for number in (0, run.round):
         part = committed_part(run.lake, "captions", pairs.name, round=number)
         if part is None:
-            continue
+            raise MissingInput(
+                f"shard {pairs.name} has no captions of round {number}; run "
+                f"`bootstrap {'caption' if number else 'ingest'}` first"
+            )
         table = read_part(run.lake, part, ["caption_id", "image_id", "caption", "status"])
         for row in table.to_pylist():
             if row["status"] == "ok":

@@ -5,12 +5,14 @@ from __future__ import annotations
 from functools import lru_cache
 
 from flows.session import Run
-from storage import Lake, PartRef, list_parts, read_part
+from storage import Lake, PartRef, layout, list_parts, read_part
 
 
 def web_parts(run: Run) -> list[PartRef]:
-    """The parts with web pairs, of every round so far: nothing taken in is ever left out."""
-    return [part for part in list_parts(run.lake, "pairs") if is_web(run.lake, part)]
+    """The parts with web pairs of this round and all before it: nothing is ever left out."""
+    later = layout.web_shards(run.round + 1)
+    parts = [part for part in list_parts(run.lake, "pairs") if part.name < later]
+    return [part for part in parts if is_web(run.lake, part)]
 
 
 @lru_cache(maxsize=100_000)

@@ -29,6 +29,7 @@ from flows import models
 from flows.feed import TrainFeed
 from flows.sections import TrainSettings
 from flows.session import Run
+from flows.settings import TRAIN_NOT_IN_FINGERPRINTS
 from flows.steps.batches import rows_table
 from storage import (
     Clock,
@@ -195,7 +196,7 @@ def train_config(plan: TrainPlan, seed: int) -> TrainConfig:
 
 def _basis(run: Run, plan: TrainPlan, rows: TrainSetRef) -> dict[str, Any]:
     """Everything that the weights depend on."""
-    not_data = {"checkpoint_every_steps", "log_every_steps"}
+    not_data = set(TRAIN_NOT_IN_FINGERPRINTS)
     config = {
         "train": plan.settings.model_dump(mode="json", exclude=not_data),
         "model": run.settings.model.model_dump(mode="json"),

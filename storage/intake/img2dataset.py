@@ -332,7 +332,8 @@ def _environment(folder: Path, config: DownloadConfig, answered: Path) -> dict[s
         launcher.DEADLINE_S: str(config.request_deadline_s),
     }
     if config.http_proxy is not None:
-        env |= {"http_proxy": config.http_proxy, "HTTP_PROXY": config.http_proxy, "no_proxy": ""}
+        names = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY")
+        env |= dict.fromkeys(names, config.http_proxy) | {"no_proxy": ""}
     home = str(Path(storage.__file__).parents[1])
     if home not in site.getsitepackages():
         # Site-packages must never be put before the standard library.

@@ -70,7 +70,7 @@ def ingest_urls(
     Raises MissingColumn, EmptyInput (an empty list, or no image in the whole lake afterwards),
     StaleOutput (this round took in something else), IntakeError, StorageFull.
     """
-    intake = _Intake(lake, url_list, config, f"web-{round:04d}-{position:02d}", on_stale)
+    intake = _Intake(lake, url_list, config, layout.web_shards(round, position), on_stale)
     record = f"web-{position:02d}"
     done = finished_intake(lake, round, record, intake.basis, on_stale)
     if done is not None:
@@ -80,7 +80,7 @@ def ingest_urls(
     with disk_watched(lake, layout.WORK):
         plan = make_plan(lake, url_list, intake.earlier, folder)
         parts = intake.run(plan, folder, on_progress)
-    if _num_ok(lake, [*intake.earlier, *parts]) == 0:
+    if _num_ok(lake, parts) == 0 and (_num_asked(lake, parts) or not intake.earlier):
         raise EmptyInput(
             f"{url_list.path}: none of its {plan.num_rows} URLs gave an image "
             f"({_outcomes(lake, parts)}); check the network, the proxy and the list, then run the "
@@ -144,7 +144,7 @@ class _Intake:
                     made = self._part(plan, index, fetched, seen)
                     pairs.append(made[0])
                     captions.append(made[1])
-                shutil.rmtree(_slice_folder(folder, first), ignore_errors=True)
+                shutil.rmtree(_slice_folder(folder, indices), ignore_errors=True)
         return [*pairs, *captions]
 
     def _fetch(
@@ -155,7 +155,7 @@ class _Intake:
         if not missing:
             return None
         size = self.config.shard_rows
-        slice_folder = _slice_folder(folder, indices.start)
+        slice_folder = _slice_folder(folder, indices)
         slice_folder.mkdir(parents=True, exist_ok=True)
         fetch_list = slice_folder / "fetch.parquet"
         if not fetch_list.exists():
@@ -308,6 +308,13 @@ def _num_ok(lake: Lake, parts: list[PartRef]) -> int:
     return sum(part_manifest(lake, ref).num_ok for ref in parts if ref.table == "pairs")
 
 
+def _num_asked(lake: Lake, parts: list[PartRef]) -> int:
+    """Rows that were asked for: a list of nothing but known addresses is no failure."""
+    known = ("duplicate_url", "duplicate_image", "bad_text", "bad_url")
+    manifests = [part_manifest(lake, ref) for ref in parts if ref.table == "pairs"]
+    return sum(m.num_in - sum(m.reasons.get(name, 0) for name in known) for m in manifests)
+
+
 def _outcomes(lake: Lake, parts: list[PartRef]) -> str:
     """The statuses of all rows, the most frequent first."""
     counts: Counter[str] = Counter()
@@ -328,8 +335,9 @@ def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return joined
 
 
-def _slice_folder(folder: Path, first_part: int) -> Path:
-    return folder / f"slice-{first_part:05d}"
+def _slice_folder(folder: Path, indices: range) -> Path:
+    """Named by both ends: a resume with other slices must not take this one's list for its own."""
+    return folder / f"slice-{indices.start:05d}-{indices.stop:05d}"
 
 
 def _list_sha256(path: str) -> str:

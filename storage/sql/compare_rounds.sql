@@ -11,8 +11,10 @@ WITH kept AS (
     GROUP BY round
 ),
 reached AS (
+    -- Of the round's own model; the champion it was compared with is measured there too.
     SELECT round, max(value) AS best_mean_recall
     FROM metrics
+    SEMI JOIN models USING (model_id, round)
     WHERE metric = 'mean_recall'
     GROUP BY round
 )

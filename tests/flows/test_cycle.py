@@ -1,10 +1,14 @@
 """The whole cycle: URL list to report, again without work, then a second round."""
 
+import dataclasses
 import json
+import shutil
+from pathlib import Path
 
-from cycle import FinishedCycle, bootstrap, stamps
+from cycle import FinishedCycle, bootstrap, stamps, write_settings
 
-from storage import Lake, query
+from flows.settings import parse_settings
+from storage import Lake, layout, query, registry, rounds
 
 COMMITTED = ("tables", "shards", "models", "trainsets", "rounds", "champion.json")
 
@@ -111,6 +115,36 @@ def test_same_command_again_rewrites_nothing_then_a_second_round_follows(
         ]
     )
     assert _rows(lake, "SELECT count(*) AS n FROM scores WHERE round = 2")[0]["n"] > 0
+
+
+def test_round_with_nothing_new_is_not_run_and_leaves_nothing(
+    finished: FinishedCycle, api_url: str, tmp_path: Path
+) -> None:
+    lake = tmp_path / "lake"
+    shutil.copytree(finished.lake, lake)
+    settings = json.loads(json.dumps(finished.settings))
+    settings["machine"]["lake"] = str(lake)
+    settings["gate"] = {"max_recall_drop": 0.0}
+    opened = Lake.open(str(lake))
+    last = rounds.latest_round(opened)
+    assert last is not None
+    first = registry.find(opened, "med", 0)
+    assert first is not None
+    # As if the last round had been refused: the champion is the one that it started from.
+    before = last.champion_before or first.model_id
+    settled = parse_settings(settings).as_basis()
+    rounds.write_round(
+        opened,
+        dataclasses.replace(last, settings=settled, status="refused", champion_after=before),
+    )
+    (lake / layout.round_settings(last.round)).write_text(json.dumps(settled))
+    registry.promote(opened, before, last.round, "refused")
+    config = write_settings(tmp_path / "tiny.yaml", settings)
+    idle = bootstrap("next-round", "--config", str(config), cwd=tmp_path, api_url=api_url)
+    assert idle.returncode == 0, idle.stdout[-1500:] + idle.stderr[-1500:]
+    assert "nothing new" in idle.stdout
+    assert not (lake / layout.round_dir(last.round + 1)).exists()
+    assert rounds.latest_round(opened).round == last.round
 
 
 def _truth(finished: FinishedCycle) -> list[dict]:

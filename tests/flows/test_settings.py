@@ -58,8 +58,9 @@ def test_presets_hold_the_papers_numbers() -> None:
         ("caption.top_p=1.5", "caption.top_p: Input should be less than or equal to 1"),
         ("decide.threshold=often", "decide.threshold: Input should be a valid number"),
         ("pretrain.queue_size=3", "queue_size 3 is smaller than batch_size 64"),
-        ("pretrain.warmup_steps=9000", "warmup_steps 9000 exceeds steps 600"),
+        ("pretrain.warmup_steps=9000", "warmup_steps 9000 exceeds steps 500"),
         ("pretrain", "expected field=value"),
+        ("ingest.url_lists=[{path: mine.csv}]", "add world: null"),
     ],
 )
 def test_bad_setting_is_refused_with_its_name(override: str, said: str) -> None:

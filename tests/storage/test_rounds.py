@@ -6,7 +6,10 @@ import pytest
 from storage import layout, rounds
 from storage.catalog import query
 from storage.errors import CorruptData, SettingsChanged
+from storage.fingerprint import basis_of
 from storage.lake import Lake
+from storage.schemas import schema_of
+from storage.tables import commit_part
 
 SETTINGS = {"caption": {"top_p": 0.9}, "images": {"size_px": 64}}
 
@@ -18,12 +21,36 @@ def test_begin_round_goes_on_with_the_same_settings(lake: Lake) -> None:
     assert again.champion_before == "m"
 
 
+CHANGED = {"caption": {"top_p": 0.8}, "images": {"size_px": 64}}
+
+
+def _make_something(lake: Lake, round: int) -> None:
+    """One caption of the round: from now on its settings are pinned."""
+    empty = schema_of("captions").empty_table()
+    commit_part(lake, "captions", "web", empty, round=round, basis=basis_of("caption", 1, {}, []))
+
+
 def test_begin_round_names_each_changed_setting_and_the_remedies(lake: Lake) -> None:
-    rounds.begin_round(lake, 1, SETTINGS)
-    changed = {"caption": {"top_p": 0.8}, "images": {"size_px": 64}}
+    record = rounds.begin_round(lake, 1, SETTINGS)
+    _make_something(lake, 1)
+    with pytest.raises(SettingsChanged, match=r"caption\.top_p: 0\.9 -> 0\.8.*--on-stale rebuild"):
+        rounds.begin_round(lake, 1, CHANGED)
+    rounds.write_round(lake, replace(record, status="refused"))
     with pytest.raises(SettingsChanged, match=r"caption\.top_p: 0\.9 -> 0\.8.*--new-round"):
-        rounds.begin_round(lake, 1, changed)
-    rounds.begin_round(lake, 2, changed)
+        rounds.begin_round(lake, 1, CHANGED, replace=True)
+    rounds.begin_round(lake, 2, CHANGED)
+
+
+def test_begin_round_takes_new_settings_while_it_has_made_nothing(lake: Lake) -> None:
+    rounds.begin_round(lake, 1, SETTINGS)
+    assert rounds.begin_round(lake, 1, CHANGED).settings == CHANGED
+    assert rounds.settings_of(lake, 1) == CHANGED
+
+
+def test_begin_round_replaces_the_settings_of_an_unfinished_round_when_asked(lake: Lake) -> None:
+    rounds.begin_round(lake, 1, SETTINGS)
+    _make_something(lake, 1)
+    assert rounds.begin_round(lake, 1, CHANGED, replace=True).settings == CHANGED
 
 
 def test_round_record_is_replaced_and_seen_by_sql(lake: Lake) -> None:
