@@ -300,6 +300,8 @@ def quiet(verbose: bool) -> None:
         level=logging.INFO if verbose else logging.ERROR,
         format="%(levelname)s %(name)s: %(message)s",
     )
+    for name in ("flows", "storage", "blip_core"):
+        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.WARNING)
 
 
 def _choose_api() -> None:

@@ -7,7 +7,7 @@ import logging
 from flows.errors import MissingInput
 from flows.session import Run
 from flows.steps.shards import web_parts
-from storage import PartRef, decide, list_parts
+from storage import PartRef, connect, decide, list_parts
 
 logger = logging.getLogger(__name__)
 
@@ -33,5 +33,17 @@ def decide_round(run: Run) -> PartRef:
         params={} if settings.threshold is None else {"threshold": settings.threshold},
         on_stale=run.on_stale,
     )
+    with connect(run.lake) as connection:
+        kept = connection.execute(
+            "SELECT count(*) FILTER (WHERE kept) FROM decisions WHERE round = ?", [run.round]
+        ).fetchall()[0][0]
+    if not kept:
+        logger.warning(
+            "round %d: policy %s kept none of %d texts; look at the filter (SELECT source, "
+            "median(itm_prob) FROM verdicts GROUP BY source) before you trust this round",
+            run.round,
+            settings.policy,
+            part.num_rows,
+        )
     logger.info("round %d policy %s: %d decisions", run.round, settings.policy, part.num_rows)
     return part

@@ -51,6 +51,8 @@ from storage import (
 logger = logging.getLogger(__name__)
 
 STAGE_VERSION = 1
+CONSTANT_ITM_LOSS = 0.6365
+"""Nats of the best constant answer when a third of the pairs match (one positive, two negatives)."""
 FINAL = "final"
 NOT_IN_CURVES = ("step", "images_per_s")
 """Of a history line: the step is the row's n, and speed is not the same in every run."""
@@ -167,8 +169,24 @@ def _fit(
             feed.close()
     if feed.num_skipped:
         logger.warning("%s: %d undecodable rows were passed over", plan.name, feed.num_skipped)
+    warn_if_stuck(plan.name, result.history)
     save_model(loaded.model, loaded.tokenizer, folder / FINAL)
     return result.history
+
+
+def warn_if_stuck(name: str, history: list[dict[str, Any]]) -> bool:
+    """Say so when matching ended where a constant answer would: the filter would drop everything."""
+    losses = [line["loss_itm"] for line in history if line.get("loss_itm") is not None]
+    if not losses or abs(losses[-1] - CONSTANT_ITM_LOSS) > 0.005:
+        return False
+    logger.warning(
+        "%s: loss_itm ended at %.4f, what one constant answer gives (%.4f): matching has learned "
+        "nothing yet. Train for more steps, raise the learning rate, or start from trained weights",
+        name,
+        losses[-1],
+        CONSTANT_ITM_LOSS,
+    )
+    return True
 
 
 def _curve(plan: TrainPlan, ref: ModelRef, history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from flows.errors import SettingsError
 from flows.settings import BootstrapSettings, describe, load_settings, merge, parse_settings
+from flows.steps.train import warn_if_stuck
 
 
 def test_given_fields_win_over_the_preset_one_by_one() -> None:
@@ -102,6 +103,12 @@ def test_machine_settings_do_not_make_another_round() -> None:
     there = load_settings("quickstart", ["machine.lake=b", "ingest.threads=4"])
     assert here.as_basis() == there.as_basis()
     assert here.as_basis() != load_settings("quickstart", ["decide.threshold=0.6"]).as_basis()
+
+
+def test_training_that_ends_at_the_constant_answer_says_so() -> None:
+    assert warn_if_stuck("filter", [{"loss_itm": 0.70}, {"loss_itm": 0.6390}])
+    assert not warn_if_stuck("filter", [{"loss_itm": 0.64}, {"loss_itm": 0.41}])
+    assert not warn_if_stuck("captioner", [{"loss_itm": None}])
 
 
 def test_merge_replaces_lists_and_merges_mappings() -> None:
