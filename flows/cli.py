@@ -249,6 +249,7 @@ def _up(options: argparse.Namespace) -> int:
     console.print(
         "next:  . .venv/bin/activate && prefect deployment run bootstrap/full-cycle --watch",
         highlight=False,
+        soft_wrap=True,
     )
     console.print("stop:  make down")
     return 0
