@@ -73,7 +73,7 @@ class StageBars:
 
 def table(names: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> Table:
     """Rows as a table; numbers to the right."""
-    shown = Table(title=title, title_justify="left", header_style="bold", pad_edge=False)
+    shown = Table(title=title, title_justify="left", header_style="bold")
     for index, name in enumerate(names):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
         shown.add_column(name, justify="right" if numeric else "left", overflow="fold")
