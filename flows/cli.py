@@ -211,7 +211,8 @@ def _rounds(options: argparse.Namespace) -> int:
 
 def _repair(options: argparse.Namespace) -> int:
     from flows.terminal import console
-    from storage import Lake, repair
+    from storage import Lake
+    from storage.repair import repair
 
     lake = Lake.open(find_lake(options.lake))
     with lake.lock("repair"):

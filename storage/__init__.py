@@ -31,7 +31,6 @@ from storage.intake.web import ingest_urls
 from storage.lake import Lake
 from storage.policy import decide
 from storage.registry import ModelRef, local_folder
-from storage.repair import Damage, repair
 from storage.shards import ShardRef, iter_shard, read_image
 from storage.tables import (
     Clock,
@@ -55,7 +54,6 @@ __all__ = [
     "CorruptPart",
     "CorruptShard",
     "Counts",
-    "Damage",
     "DownloadConfig",
     "EmptyInput",
     "EmptyTrainSet",
@@ -99,7 +97,6 @@ __all__ = [
     "read_image",
     "read_part",
     "registry",
-    "repair",
     "rounds",
     "write_catalog",
 ]
