@@ -67,16 +67,6 @@ def test_cycle_measures_both_models_and_says_why(finished: FinishedCycle) -> Non
     assert "promoted" in finished.output
 
 
-def test_cycle_trains_on_nothing_held_out(finished: FinishedCycle) -> None:
-    lake = Lake.open(str(finished.lake), read_only=True)
-    leaked = _rows(
-        lake,
-        """
-        SELECT * FROM clean JOIN pairs p USING (image_id) WHERE p.pool = 'heldout'""",
-    )
-    assert leaked == []
-
-
 def test_cycle_writes_a_report_and_a_catalog(finished: FinishedCycle) -> None:
     page = (finished.lake / "reports" / "round=0001" / "index.html").read_text(encoding="utf-8")
     assert "<html" in page
