@@ -11,14 +11,23 @@ from prefect.context import FlowRunContext
 from flows.session import Run
 from storage import connect, registry, rounds
 
-COMPARED = ("mean_recall", "i2t_r1", "t2i_r1", "itm_auc_random", "itm_auc_hard", "cider")
+COMPARED = (
+    "mean_recall",
+    "i2t_r1",
+    "t2i_r1",
+    "itm_auc_random",
+    "itm_auc_hard",
+    "itm_ap_hard",
+    "cider",
+    "bleu4",
+)
 
 
 def funnel_table(run: Run) -> None:
     """The round's funnel as a table artifact."""
     if FlowRunContext.get() is None:
         return
-    with connect(run.lake) as connection:
+    with connect(run.lake, as_of=run.round) as connection:
         rows = connection.execute(
             "SELECT stage, outcome, rows FROM funnel WHERE round = ? ORDER BY step, rows DESC",
             [run.round],
@@ -61,18 +70,31 @@ def note(text: str, run: Run) -> None:
 def _metrics_table(run: Run, record: rounds.RoundRecord) -> list[str]:
     with connect(run.lake) as connection:
         rows = connection.execute(
-            "SELECT metric, model_id, value FROM metrics WHERE dataset = 'heldout' AND round = ?",
+            "SELECT metric, model_id, value, low, high FROM metrics "
+            "WHERE dataset = 'heldout' AND round = ?",
             [run.round],
         ).fetchall()
-    values = {(metric, model_id): value for metric, model_id, value in rows}
+    values = {(metric, model_id): figures for metric, model_id, *figures in rows}
     before = record.champion_before or _model_id(run, 0)
     after = _model_id(run, run.round)
-    lines = ["| held-out metric | champion before | challenger |", "|---|---|---|"]
+    lines = [
+        "| held-out metric (95 % interval) | champion before | challenger |",
+        "|---|---|---|",
+    ]
     for metric in COMPARED:
-        pair = [values.get((metric, model)) for model in (before, after)]
-        shown = ["-" if value is None else f"{value:.3f}" for value in pair]
+        shown = [_with_interval(*values.get((metric, model), ())) for model in (before, after)]
         lines.append(f"| {metric} | {shown[0]} | {shown[1]} |")
     return ["\n".join(lines)]
+
+
+def _with_interval(
+    value: float | None = None, low: float | None = None, high: float | None = None
+) -> str:
+    if value is None:
+        return "-"
+    return (
+        f"{value:.3f}" if low is None or high is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
+    )
 
 
 def _model_id(run: Run, round: int) -> str | None:

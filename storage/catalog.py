@@ -18,7 +18,7 @@ from storage import layout
 from storage.errors import ConfigError, LakeError, QueryRefused, StorageFull
 from storage.fs import explained
 from storage.lake import Lake
-from storage.schemas import TABLES
+from storage.schemas import ADDED_LATER, TABLES
 from storage.tables import PartRef, list_parts
 
 VIEWS = (
@@ -43,23 +43,31 @@ _VIEW_OF = {"models": "model_records"}
 
 
 def connect(
-    lake: Lake, memory_limit: str = "2GB", threads: int | None = None
+    lake: Lake,
+    memory_limit: str = "2GB",
+    threads: int | None = None,
+    *,
+    as_of: int | None = None,
 ) -> duckdb.DuckDBPyConnection:
-    """An in-memory connection with all views over what is committed now."""
+    """An in-memory connection with all views over what is committed now.
+
+    With `as_of`, a round: over what that round and those before it took in and made.
+    """
     con = duckdb.connect(config=_config(lake, memory_limit, threads))
     if not lake.root.is_local:
         con.register_filesystem(lake.root.fs)
-    create_views(con, lake)
+    create_views(con, lake, as_of=as_of)
     return con
 
 
-def create_views(con: duckdb.DuckDBPyConnection, lake: Lake) -> None:
+def create_views(con: duckdb.DuckDBPyConnection, lake: Lake, *, as_of: int | None = None) -> None:
     """Make every view: the tables first, then the files of `storage/sql`."""
     for table in TABLES:
         name = _VIEW_OF.get(table, table)
-        con.execute(
-            f"CREATE OR REPLACE VIEW {name} AS {rows_of(lake, table, list_parts(lake, table, check=True))}"
-        )
+        parts = list_parts(lake, table, check=True)
+        if as_of is not None:
+            parts = [ref for ref in parts if not _is_later(ref, as_of)]
+        con.execute(f"CREATE OR REPLACE VIEW {name} AS {rows_of(lake, table, parts)}")
     con.execute(f"CREATE OR REPLACE VIEW active_policies AS {_active_policies(lake)}")
     for view in VIEWS:
         con.execute(files("storage").joinpath("sql", f"{view}.sql").read_text("utf-8"))
@@ -191,12 +199,25 @@ def _config(lake: Lake, memory_limit: str, threads: int | None) -> dict[str, Any
 def rows_of(lake: Lake, table: str, parts: list[PartRef]) -> str:
     """SQL of the rows of some parts: an explicit list, or no row of the right types."""
     schema = TABLES[table]
+    nothing = ", ".join(f'CAST(NULL AS {_sql_type(f.type)}) AS "{f.name}"' for f in schema)
+    nothing = f"SELECT {nothing} WHERE false"
     if not parts:
-        columns = ", ".join(f'CAST(NULL AS {_sql_type(f.type)}) AS "{f.name}"' for f in schema)
-        return f"SELECT {columns} WHERE false"
+        return nothing
     columns = ", ".join(f'"{f.name}"' for f in schema)
     paths = ", ".join(_quoted(_address(lake, ref.path)) for ref in parts)
-    return f"SELECT {columns} FROM read_parquet([{paths}], hive_partitioning = false)"
+    if table not in ADDED_LATER:
+        return f"SELECT {columns} FROM read_parquet([{paths}], hive_partitioning = false)"
+    # Parts may lack a column, all of them even: by name, beside no rows that have it.
+    found = (
+        f"SELECT * FROM read_parquet([{paths}], hive_partitioning = false, union_by_name = true)"
+    )
+    return f"SELECT {columns} FROM ({nothing} UNION ALL BY NAME {found})"
+
+
+def _is_later(ref: PartRef, round: int) -> bool:
+    """Whether a part was made by a round after `round`, or from web pairs that one took in."""
+    of_web = ref.table in ("pairs", "captions", "scores") and ref.name.startswith("web-")
+    return (ref.round or 0) > round or (of_web and ref.name >= layout.web_shards(round + 1))
 
 
 def _active_policies(lake: Lake) -> str:

@@ -16,12 +16,13 @@ logger = logging.getLogger(__name__)
 def build_report(lake: Lake, round: int, *, gallery_pairs: int = 12) -> str:
     """Write the round's page into the lake; returns its path there.
 
-    A single HTML file below 5 MB that needs no network. Equal tables give equal bytes.
+    A single HTML file below 5 MB that needs no network. Equal tables give equal bytes, and what
+    later rounds take in or measure changes nothing.
 
     Raises:
         LookupError: the round has no record.
     """
-    with connect(lake) as connection:
+    with connect(lake, as_of=round) as connection:
         facts = gather_facts(
             connection,
             round,

@@ -62,16 +62,22 @@ class Plan:
 
     def write_fetch_list(self, path: Path, ranges: list[tuple[int, int]]) -> None:
         """A Parquet file (row, url) of what is to be fetched in ranges of row numbers."""
-        wanted = " OR ".join(f"(n >= {begin} AND n < {end})" for begin, end in ranges)
         tmp = path.with_name(f"_tmp-{path.name}")
         with duckdb.connect() as con:
             con.execute(
-                "COPY (SELECT n AS row, fetch_url AS url FROM read_parquet($source) "
-                f"WHERE status IS NULL AND ({wanted}) ORDER BY n) TO '{_escaped(tmp)}' "
-                "(FORMAT parquet)",
+                f"COPY ({_to_fetch(ranges)} ORDER BY row) TO '{_escaped(tmp)}' (FORMAT parquet)",
                 {"source": str(self.path)},
             )
         tmp.replace(path)
+
+    def is_listed(self, path: Path, ranges: list[tuple[int, int]]) -> bool:
+        """Whether a fetch list has all that is to be fetched in ranges of row numbers."""
+        sql = (
+            f"SELECT count(*) FROM ({_to_fetch(ranges)}) ANTI JOIN read_parquet($list) USING (row)"
+        )
+        with duckdb.connect() as con:
+            found = con.execute(sql, {"source": str(self.path), "list": str(path)}).fetchall()
+        return int(found[0][0]) == 0
 
 
 def make_plan(lake: Lake, config: UrlListConfig, earlier: list[PartRef], folder: Path) -> Plan:
@@ -87,6 +93,15 @@ def make_plan(lake: Lake, config: UrlListConfig, earlier: list[PartRef], folder:
     listed.unlink()
     logger.info("%s: %d rows, %d of them known", config.path, num_listed, made.num_known)
     return made
+
+
+def _to_fetch(ranges: list[tuple[int, int]]) -> str:
+    """SQL of (row, url) to be fetched in ranges of row numbers of the plan $source."""
+    wanted = " OR ".join(f"(n >= {begin} AND n < {end})" for begin, end in ranges)
+    return (
+        "SELECT n AS row, fetch_url AS url FROM read_parquet($source) "
+        f"WHERE status IS NULL AND ({wanted})"
+    )
 
 
 def _write_listed(config: UrlListConfig, path: Path) -> int:

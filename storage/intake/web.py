@@ -156,10 +156,12 @@ class _Intake:
             return None
         size = self.config.shard_rows
         slice_folder = _slice_folder(folder, indices)
-        slice_folder.mkdir(parents=True, exist_ok=True)
         fetch_list = slice_folder / "fetch.parquet"
-        if not fetch_list.exists():
-            ranges = _joined([(i * size, (i + 1) * size) for i in missing])
+        ranges = _joined([(i * size, (i + 1) * size) for i in missing])
+        if not (fetch_list.exists() and plan.is_listed(fetch_list, ranges)):
+            # Also when a part was dropped since the list was written, as a repair does.
+            shutil.rmtree(slice_folder, ignore_errors=True)
+            slice_folder.mkdir(parents=True, exist_ok=True)
             plan.write_fetch_list(fetch_list, ranges)
         before = indices.start * size
 

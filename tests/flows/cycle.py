@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -77,6 +78,17 @@ def write_settings(path: Path, settings: dict[str, Any]) -> Path:
     """Settings as a preset file, which JSON is too."""
     path.write_text(json.dumps(settings), encoding="utf-8")
     return path
+
+
+def copied(finished: FinishedCycle, folder: Path) -> FinishedCycle:
+    """The same lake again below `folder`, for a test that changes it."""
+    lake = folder / "lake"
+    shutil.copytree(finished.lake, lake)
+    settings = finished.settings | {"machine": finished.settings["machine"] | {"lake": str(lake)}}
+    config = write_settings(folder / "tiny.yaml", settings)
+    return FinishedCycle(
+        folder=folder, lake=lake, config=config, settings=settings, output=finished.output
+    )
 
 
 def bootstrap(

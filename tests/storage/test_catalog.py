@@ -46,6 +46,27 @@ def test_clean_and_rejected_split_the_round_without_held_out_images(decided: Lak
     }
 
 
+def test_connect_as_of_a_round_shows_what_it_took_in_and_made(decided: Lake) -> None:
+    tables = ("pairs", "captions", "scores", "decisions", "funnel")
+    with connect(decided) as con:
+        then = {table: con.sql(f"FROM {table} ORDER BY ALL").fetchall() for table in tables}
+    later = "web-0002-00-00000"
+    pairs = [pair(6, status="http_4xx"), pair(5) | {"shard": later}]
+    for table, round, rows in (
+        ("pairs", None, pairs),
+        ("captions", 0, [caption("w5", 5, "web", 0)]),
+        ("captions", 2, [caption("s5", 5, "synthetic", 2)]),
+        ("scores", 2, [scored("w5", 5, 0.9, 2), scored("s5", 5, 0.9, 2)]),
+    ):
+        commit_part(decided, table, later, rows_table(table, rows), round=round, basis=BASIS)
+    decide(decided, 2)
+    for as_of, is_same in ((1, True), (2, False), (None, False)):
+        with connect(decided, as_of=as_of) as con:
+            for table, rows in then.items():
+                found = con.sql(f"FROM {table} ORDER BY ALL").fetchall()
+                assert (found == rows) == is_same, (as_of, table)
+
+
 def test_clean_shows_the_last_decided_round_and_its_own_texts(decided: Lake) -> None:
     # Round 2 proposes a text of round 1 again: it is one caption, not two.
     again = rows_table("captions", [caption("s0", 0, "synthetic", 2)])

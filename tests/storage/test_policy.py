@@ -1,13 +1,13 @@
 from pathlib import Path
 
 import pytest
-from rounds_of_rows import write_world
+from rounds_of_rows import BASIS, caption, image, pair, write_world
 
 from storage.catalog import active_policy, query
 from storage.errors import ConfigError, EmptyInput, QueryRefused, StaleOutput
 from storage.lake import Lake
 from storage.policy import decide
-from storage.tables import part_manifest, read_part
+from storage.tables import commit_part, drop_part, part_manifest, read_part, rows_table
 
 
 def test_decide_gives_every_text_one_row_with_a_reason(lake: Lake) -> None:
@@ -31,6 +31,22 @@ def test_decide_keeps_ids_and_bytes_when_made_again(local_lake: Lake) -> None:
     assert query(local_lake, "FROM clean").num_rows == 0
     ref = decide(local_lake, 1, on_stale="rebuild")
     assert part_manifest(local_lake, ref).sha256 == first
+
+
+def test_decide_of_a_round_leaves_out_what_a_later_one_took_in(lake: Lake) -> None:
+    write_world(lake)
+    first = decide(lake, 1)
+    rows = read_part(lake, first)
+    name = "web-0002-00-00000"
+    new = pair(5) | {"shard": name}
+    commit_part(lake, "pairs", name, rows_table("pairs", [new]), basis=BASIS)
+    text = rows_table("captions", [caption("w5", 5, "web", 0)])
+    commit_part(lake, "captions", name, text, round=0, basis=BASIS)
+    assert decide(lake, 1) == first
+    drop_part(lake, first)
+    assert read_part(lake, decide(lake, 1)).equals(rows), "made anew, it knows what it knew then"
+    of_two = read_part(lake, decide(lake, 2)).column("image_id").to_pylist()
+    assert image(5) in of_two
 
 
 def test_decide_names_the_threshold_when_it_changed(lake: Lake) -> None:

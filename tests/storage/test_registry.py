@@ -53,6 +53,18 @@ def test_find_and_resolve_know_roles_and_prefixes(lake: Lake, tmp_path: Path) ->
     assert {"role": "captioner", "generation": 1, "ancestry": chain} in rows
 
 
+def test_find_gives_the_newest_model_when_a_rebuild_made_another(
+    lake: Lake, tmp_path: Path
+) -> None:
+    first = registered(lake, saved(tmp_path / "first", b"def"), "med")
+    rebuilt = registered(lake, saved(tmp_path / "rebuilt", b"abc"), "med")
+    assert rebuilt.model_id < first.model_id, "the newest must not be the last by id"
+    assert registry.find(lake, "med", 1) == rebuilt
+    assert registered(lake, tmp_path / "first", "med") == first, "built as at first, once more"
+    assert registry.find(lake, "med", 1) == first
+    assert registry.list_models(lake, 1) == [rebuilt, first]
+
+
 def test_promote_sets_the_champion_once_per_round(lake: Lake, tmp_path: Path) -> None:
     assert registry.champion(lake) is None
     first = registered(lake, saved(tmp_path / "a", b"abc"), "med")

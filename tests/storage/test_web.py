@@ -15,6 +15,7 @@ from storage import layout, repair
 from storage.catalog import query
 from storage.errors import EmptyInput, MissingColumn, StaleOutput
 from storage.intake import launch_img2dataset as launcher
+from storage.intake.img2dataset import DownloadConfig
 from storage.intake.url_list import UrlListConfig
 from storage.intake.web import ingest_urls
 from storage.lake import Lake
@@ -164,6 +165,71 @@ def test_ingest_keeps_the_rows_and_tries_again_when_every_url_is_dead(
             ingest_urls(local_lake, url_list, download_config(pictures), round=1)
         assert query(local_lake, "FROM pairs").num_rows == 3
         assert pictures.requests["http://pictures.test/gone.jpg?dead"] == asked
+
+
+def test_ingest_tells_an_all_dead_list_in_a_later_round_from_one_that_it_knows(
+    local_lake: Lake, pictures: PictureServer, tmp_path: Path
+) -> None:
+    config, path = download_config(pictures), tmp_path / "urls.parquet"
+    url_list = UrlListConfig(path=str(write_list(path, [("ok1.jpg", "one")], host="two.test")))
+    ingest_urls(local_lake, url_list, config, round=1)
+    rows = [("gone.jpg", "a"), ("broken.jpg", "b"), ("ok1.jpg", "uno")]
+    write_list(path, rows, host="two.test")
+    said = r"none of its 3 URLs gave an image \(.*http_4xx 1"
+    for asked in (1, 2):
+        with pytest.raises(EmptyInput, match=said):
+            ingest_urls(local_lake, url_list, config, round=2)
+        assert pictures.requests["http://two.test/gone.jpg"] == asked
+    write_list(path, rows[2:], host="two.test")
+    parts = ingest_urls(local_lake, url_list, config, round=2, on_stale="rebuild")
+    assert [part_manifest(local_lake, p).reasons for p in parts] == [{"duplicate_url": 1}, {}]
+
+
+class Interrupted(Exception):
+    """What a test ends an intake with."""
+
+
+def _interrupted(lake: Lake, url_list: UrlListConfig, config: DownloadConfig, after: int) -> None:
+    """Begin an intake and break it off once more than `after` rows are done or under way."""
+
+    def stop(done: int, num: int) -> None:
+        if done > after:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        ingest_urls(lake, url_list, config, round=1, on_progress=stop)
+
+
+def _statuses(lake: Lake) -> dict[str, int]:
+    rows = query(lake, "SELECT status, count(*) AS n FROM pairs GROUP BY status").to_pylist()
+    return {row["status"]: row["n"] for row in rows}
+
+
+def test_ingest_resumed_with_larger_slices_fetches_every_row(
+    local_lake: Lake, pictures: PictureServer, tmp_path: Path
+) -> None:
+    rows = [(f"ok{i}.jpg", f"text {i}") for i in range(30)]
+    url_list = UrlListConfig(path=str(write_list(tmp_path / "urls.parquet", rows, host="s.test")))
+    _interrupted(local_lake, url_list, download_config(pictures, slice_rows=10), after=-1)
+    ingest_urls(local_lake, url_list, download_config(pictures, slice_rows=100), round=1)
+    assert _statuses(local_lake) == {"ok": 30}
+
+
+def test_ingest_fetches_what_was_dropped_since_its_slice_was_begun(
+    local_lake: Lake, pictures: PictureServer, tmp_path: Path
+) -> None:
+    rows = [(f"ok{i}.jpg", f"text {i}") for i in range(20)]
+    url_list = UrlListConfig(path=str(write_list(tmp_path / "urls.parquet", rows, host="d.test")))
+    _interrupted(local_lake, url_list, download_config(pictures, slice_rows=10), after=10)
+    config = download_config(pictures, slice_rows=20)
+    _interrupted(local_lake, url_list, config, after=-1)
+    assert _statuses(local_lake) == {"ok": 10}, "the slice was begun with half of it committed"
+    local_lake.root.remove(layout.shard("web-0001-00-00000"))
+    assert [Path(damage.path).name for damage in repair.repair(local_lake)] == [
+        "web-0001-00-00000.tar"
+    ]
+    ingest_urls(local_lake, url_list, config, round=1)
+    assert _statuses(local_lake) == {"ok": 20}
 
 
 def test_ingest_after_kill_gives_the_tables_of_an_undisturbed_run(
