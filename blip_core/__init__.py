@@ -26,31 +26,36 @@ if TYPE_CHECKING:
     from blip_core.errors import CorruptCheckpoint as CorruptCheckpoint
     from blip_core.errors import DecodeError as DecodeError
     from blip_core.errors import TrainingError as TrainingError
-    from blip_core.evaluation import EncodedPairs as EncodedPairs
-    from blip_core.evaluation import Metric as Metric
-    from blip_core.evaluation import encode_pairs as encode_pairs
     from blip_core.evaluation import evaluate_itm as evaluate_itm
     from blip_core.evaluation import evaluate_retrieval as evaluate_retrieval
-    from blip_core.evaluation import itm_auc as itm_auc
     from blip_core.evaluation import retrieval_recalls as retrieval_recalls
     from blip_core.generation import CaptionConfig as CaptionConfig
+    from blip_core.generation import Sequences as Sequences
+    from blip_core.intervals import Metric as Metric
+    from blip_core.intervals import average_precision as average_precision
+    from blip_core.intervals import itm_auc as itm_auc
     from blip_core.med import MED as MED
     from blip_core.med import build_model as build_model
     from blip_core.objectives import Batch as Batch
+    from blip_core.official import OfficialModel as OfficialModel
+    from blip_core.official import load_official as load_official
+    from blip_core.official import save_official as save_official
+    from blip_core.pairs import EncodedPairs as EncodedPairs
+    from blip_core.pairs import encode_pairs as encode_pairs
     from blip_core.scorer import PairScore as PairScore
     from blip_core.scorer import Scorer as Scorer
     from blip_core.tokenizer import MEDTokenizer as MEDTokenizer
     from blip_core.tokenizer import TokenBatch as TokenBatch
     from blip_core.tokenizer import clean_caption as clean_caption
+    from blip_core.train_config import TrainConfig as TrainConfig
     from blip_core.training import BatchSource as BatchSource
-    from blip_core.training import TrainConfig as TrainConfig
-    from blip_core.training import TrainLog as TrainLog
     from blip_core.training import TrainResult as TrainResult
     from blip_core.training import train as train
     from blip_core.transforms import EvalTransform as EvalTransform
     from blip_core.transforms import TrainTransform as TrainTransform
     from blip_core.transforms import decode_image as decode_image
     from blip_core.vision import load_timm_weights as load_timm_weights
+    from blip_core.watch import TrainLog as TrainLog
 
 _MODULES = {
     "bert": ("init_from_bert",),
@@ -66,23 +71,20 @@ _MODULES = {
         "DecodeError",
         "TrainingError",
     ),
-    "evaluation": (
-        "EncodedPairs",
-        "Metric",
-        "encode_pairs",
-        "evaluate_itm",
-        "evaluate_retrieval",
-        "itm_auc",
-        "retrieval_recalls",
-    ),
-    "generation": ("CaptionConfig",),
+    "evaluation": ("evaluate_itm", "evaluate_retrieval", "retrieval_recalls"),
+    "generation": ("CaptionConfig", "Sequences"),
+    "intervals": ("Metric", "average_precision", "itm_auc"),
     "med": ("MED", "build_model"),
     "objectives": ("Batch",),
+    "official": ("OfficialModel", "load_official", "save_official"),
+    "pairs": ("EncodedPairs", "encode_pairs"),
     "scorer": ("PairScore", "Scorer"),
     "tokenizer": ("MEDTokenizer", "TokenBatch", "clean_caption"),
-    "training": ("BatchSource", "TrainConfig", "TrainLog", "TrainResult", "train"),
+    "train_config": ("TrainConfig",),
+    "training": ("BatchSource", "TrainResult", "train"),
     "transforms": ("EvalTransform", "TrainTransform", "decode_image"),
     "vision": ("load_timm_weights",),
+    "watch": ("TrainLog",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -9,13 +9,12 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from blip_core.config import TextConfig
-from blip_core.errors import CheckpointError, CorruptCheckpoint
+from blip_core.errors import CheckpointError
 from blip_core.text import LMHead, SelfAttention, TextTransformer
+from blip_core.weight_files import WEIGHTS, read_safetensors
 
 
 def init_from_bert(
@@ -33,8 +32,9 @@ def init_from_bert(
         _copy_embeddings(text, state)
         for index, layer in enumerate(text.stack()):
             prefix = f"encoder.layer.{index}."
-            for attention in (layer.encoder_attention, layer.decoder_attention):
-                _copy_attention(attention, state, prefix + "attention.")
+            for attention in layer.children():  # of one role or of both
+                if isinstance(attention, SelfAttention):
+                    _copy_attention(attention, state, prefix + "attention.")
             feed_forward = layer.feed_forward
             _copy(feed_forward.intermediate, state, prefix + "intermediate.dense")
             _copy(feed_forward.output, state, prefix + "output.dense")
@@ -65,13 +65,7 @@ def _check_shape(folder: Path, config: TextConfig) -> None:
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
-    path = folder / "model.safetensors"
-    try:
-        state = load_file(str(path))
-    except FileNotFoundError as err:
-        raise CheckpointError(f"no BERT weights at {path}") from err
-    except (SafetensorError, OSError) as err:
-        raise CorruptCheckpoint(f"BERT weights {path} cannot be read: {err}") from err
+    state = read_safetensors(folder / WEIGHTS, "BERT weights")
     return {key.removeprefix("bert."): value.float() for key, value in state.items()}
 
 

@@ -4,18 +4,14 @@ Dimension key: B batch, S image side, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from blip_core.beam import beam_search
-from blip_core.config import require
-from blip_core.generation import CaptionConfig, FinishReason, Sequences, decode_rows, draw_key
-from blip_core.med import MED, select_images
-from blip_core.text import KVCache
-from blip_core.tokenizer import MEDTokenizer
+from blip_core.generation import CaptionConfig, FinishReason, Sequences
+from blip_core.med import MED, require_room
+from blip_core.tokenizer import MEDTokenizer, require_vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +40,9 @@ class Captioner:
         self.model, self.tokenizer, self.config = model.to(device).eval(), tokenizer, config
         self.device = torch.device(device)
         self.prompt_ids = tokenizer.prompt_ids(config.prompt)
-        longest = len(self.prompt_ids) + config.max_new_tokens
-        limit = model.config.text.max_positions
-        require(
-            longest <= limit,
-            f"prompt and max_new_tokens make {longest} tokens, but text.max_positions is {limit}",
-        )
+        model.require_head("lm", "a captioner")
+        require_room(model.config, len(self.prompt_ids), config)
+        require_vocabulary(model.config.text, tokenizer)
         # never generated: special tokens but [SEP], and ids that a larger model head has to spare
         special = [token for token in tokenizer.special_ids if token != tokenizer.sep_id]
         spare = range(tokenizer.vocab_size, model.config.text.vocab_size)
@@ -63,45 +56,15 @@ class Captioner:
 
         Nucleus draws depend on (seed, image_id, index of the caption) alone.
         """
-        config = self.config
-        image_embeds = self.model.encode_image(pixel_values.to(self.device))
-        image_kv = self.model.project_image(image_embeds)
-        num_images = len(image_ids)
-        per_image = config.num_beams if config.decoding == "beam" else config.num_captions
-        rows = torch.arange(num_images, device=self.device).repeat_interleave(per_image)
-        if per_image > 1:
-            image_kv = select_images(image_kv, rows)
-
-        def next_logits(ids: Tensor, cache: KVCache) -> Tensor:
-            return self.model.lm_logits_from_kv(image_kv, ids, None, cache)[:, -1]
-
-        if config.decoding == "beam":
-            found = beam_search(
-                next_logits,
-                self.prompt_ids,
-                num_images,
-                config,
-                sep_id=self.tokenizer.sep_id,
-                forbidden_ids=self.forbidden_ids,
-                device=self.device,
-            )
-            return [[caption] for caption in self._captions(found)]
-        keys = [
-            draw_key(config.seed, image_id, index)
-            for image_id in image_ids
-            for index in range(config.num_captions)
-        ]
-        found = decode_rows(
-            next_logits,
+        found = self.model.generate(
+            pixel_values,
             self.prompt_ids,
-            len(keys),
-            config,
+            config=replace(self.config, prompt=""),
             sep_id=self.tokenizer.sep_id,
             forbidden_ids=self.forbidden_ids,
-            keys=np.array(keys, dtype=np.uint64),
-            device=self.device,
+            image_ids=image_ids,
         )
-        captions, step = self._captions(found), config.num_captions
+        captions, step = self._captions(found), self.config.num_captions
         return [captions[start : start + step] for start in range(0, len(captions), step)]
 
     def _captions(self, found: Sequences) -> list[GeneratedCaption]:

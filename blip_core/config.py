@@ -10,6 +10,12 @@ from blip_core.errors import ConfigError
 BERT_VOCAB_SIZE = 30524
 """bert-base-uncased's 30,522 pieces, [DEC] and [ENC]."""
 
+Head = Literal["itc", "itm", "lm"]
+HEADS: tuple[Head, ...] = ("itc", "itm", "lm")
+
+
+_BERT_IDS = {"pad_id": 0, "sep_id": 102, "dec_id": 30522}
+
 
 def require(condition: bool, message: str) -> None:
     """Raise `ConfigError(message)` unless `condition` holds."""
@@ -84,6 +90,12 @@ class TextConfig:
     dropout: float = 0.1
     """Of hidden states and of attention weights."""
     layer_norm_eps: float = 1e-12
+    pad_id: int | None = None
+    """Id of [PAD]. None, here and below: the one of bert-base-uncased where the vocabulary is BERT's."""
+    sep_id: int | None = None
+    """Id of [SEP], which ends a text."""
+    dec_id: int | None = None
+    """Id of [DEC], which a caption starts from."""
 
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "width", "depth", "num_heads", "ffn_width")
@@ -93,6 +105,22 @@ class TextConfig:
             f"text width {self.width} must be a multiple of num_heads {self.num_heads}",
         )
         require(0.0 <= self.dropout < 1.0, f"dropout must be in [0, 1), got {self.dropout}")
+        for name in _BERT_IDS:
+            token_id = getattr(self, name)
+            is_known = token_id is None or 0 <= token_id < self.vocab_size
+            require(is_known, f"{name} {token_id} must be below vocab_size {self.vocab_size}")
+
+    def token_id(self, name: Literal["pad_id", "sep_id", "dec_id"]) -> int:
+        """Return a special id: the configured one, or BERT's. Raises ConfigError when neither is known."""
+        token_id = getattr(self, name)
+        if token_id is None:
+            require(
+                self.vocab_size == BERT_VOCAB_SIZE,
+                f"{name} is not known for a vocabulary of {self.vocab_size}: "
+                "give the tokenizer, or set it in the text configuration",
+            )
+            token_id = _BERT_IDS[name]
+        return int(token_id)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,17 +131,48 @@ class MEDConfig:
     text: TextConfig
     embed_width: int = 256
     """Width E of the space in which image and text features are compared."""
+    heads: tuple[Head, ...] = HEADS
+    """What the model can do: `itc` (features), `itm` (match logits), `lm` (captions). A captioner is
+    ("lm",), a filter ("itc", "itm"). Empty: image tokens and the image-grounded encoder alone."""
 
     def __post_init__(self) -> None:
         require_positive(self, "embed_width")
+        unknown = sorted(set(self.heads) - set(HEADS))
+        require(
+            not unknown, f"heads must be of {', '.join(HEADS)}; got {', '.join(map(str, unknown))}"
+        )
+        ordered = tuple(head for head in HEADS if head in self.heads)
+        object.__setattr__(
+            self, "heads", ordered
+        )  # frozen: one order, and a tuple from JSON's list
         require(
             self.text.encoder_width == self.vision.width,
             f"text.encoder_width {self.text.encoder_width} must equal vision.width {self.vision.width}",
         )
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether the text transformer has the encoder's self-attention."""
+        return self.heads != ("lm",)
+
+    @property
+    def has_cross_attention(self) -> bool:
+        """Whether texts can look at images: all but a model that only compares features."""
+        return self.heads != ("itc",)
+
+    def at_image_size(self, image_size_px: int) -> "MEDConfig":
+        """Return the configuration for square images of another side."""
+        vision = dataclasses.replace(self.vision, image_size_px=image_size_px)
+        return dataclasses.replace(self, vision=vision)
+
     @classmethod
     def preset(
-        cls, name: str, *, vocab_size: int | None = None, image_size_px: int | None = None
+        cls,
+        name: str,
+        *,
+        vocab_size: int | None = None,
+        image_size_px: int | None = None,
+        heads: tuple[Head, ...] = HEADS,
     ) -> "MEDConfig":
         """Return a preset: nano, tiny, small, small_dinov2, base or large.
 
@@ -121,12 +180,11 @@ class MEDConfig:
         """
         require(name in _PRESETS, f"preset must be one of {', '.join(_PRESETS)}; got {name!r}")
         config = _PRESETS[name]()
-        text, vision = config.text, config.vision
+        text = config.text
         if vocab_size is not None:
             text = dataclasses.replace(text, vocab_size=vocab_size)
-        if image_size_px is not None:
-            vision = dataclasses.replace(vision, image_size_px=image_size_px)
-        return dataclasses.replace(config, text=text, vision=vision)
+        config = dataclasses.replace(config, text=text, heads=heads)
+        return config if image_size_px is None else config.at_image_size(image_size_px)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dictionaries, as `from_dict` reads them."""
@@ -136,6 +194,8 @@ class MEDConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "MEDConfig":
         """Build from nested dictionaries; an unknown or absent key is a ConfigError."""
         values = dict(values)
+        if isinstance(values.get("heads"), list):
+            values["heads"] = tuple(values["heads"])
         for section, section_class in (("vision", VisionConfig), ("text", TextConfig)):
             if isinstance(values.get(section), Mapping):
                 values[section] = from_mapping(section_class, values[section], section)

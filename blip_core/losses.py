@@ -43,7 +43,13 @@ def lm_loss(lm_logits: Tensor, lm_labels: Tensor, *, label_smoothing: float = 0.
     nowhere else. With smoothing 0.1 and 30,524 pieces the loss cannot fall below 1.358 nats, so that no
     perplexity follows from it. 0 when every label is ignored.
     """
-    logits, labels = lm_logits[:, :-1].flatten(0, 1), lm_labels[:, 1:].flatten()
+    return token_loss(
+        lm_logits[:, :-1].flatten(0, 1), lm_labels[:, 1:].flatten(), label_smoothing=label_smoothing
+    )
+
+
+def token_loss(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """As `lm_loss`, of logits (T, V) and the labels (T,) that they predict, already shifted."""
     total = F.cross_entropy(
         logits,
         labels,

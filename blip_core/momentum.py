@@ -4,6 +4,7 @@ Dimension key: B batch, P image tokens, L text tokens, E shared width, Q queue l
 """
 
 import copy
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +56,15 @@ class FeatureQueue(nn.Module):
         self.queue_ptr.fill_((start + num_rows) % self.queue_size)
         self.num_valid.add_(num_rows).clamp_(max=self.queue_size)
 
-    def candidates(self, features: Tensor, side: str) -> Tensor:
-        """Return (E, B + valid Q): the batch's features (B, E), then the queue's; `side` image or text."""
+    def similarities(self, features: Tensor, batch: Tensor, side: str) -> Tensor:
+        """Return cosines (B, M + valid Q) of features (B, E) with a batch's (M, E), then the queue's.
+
+        `side` says which queue: image or text. In float32, and without a copy of the queue.
+        """
         queue = self.image_queue if side == "image" else self.text_queue
-        # a copy: the loss keeps it for backward, and enqueue writes the queue in place before that
-        return torch.cat([features.T, queue[:, : int(self.num_valid)].to(features.dtype)], dim=1)
+        with torch.autocast(features.device.type, enabled=False):
+            queued = features.float() @ queue[:, : int(self.num_valid)]
+            return torch.cat([features.float() @ batch.float().T, queued], dim=1)
 
     def is_positive(self, image_ids: Tensor, text_ids: Tensor) -> Tensor:
         """Return (B, B + valid Q) bool: same image, or same text, as the batch's row."""
@@ -73,23 +78,27 @@ class FeatureQueue(nn.Module):
 class MomentumEncoders(nn.Module):
     """Slowly following twins of what makes image and text features.
 
-    They run without dropout (the reference leaves it on in the teacher by accident) and without gradients;
-    of the text transformer only what the text mode uses is copied.
+    They run without gradients and without dropout; `mode` "train" leaves dropout and drop path on in them, as
+    the released code does. Of the text transformer only what the text mode uses is copied.
     """
 
-    def __init__(self, model: MED, queue_size: int) -> None:
+    def __init__(
+        self, model: MED, queue_size: int, mode: Literal["eval", "train"] = "eval"
+    ) -> None:
         super().__init__()
+        self.mode = mode
+        model.require_head("itc", "momentum encoders")
         self.vision = copy.deepcopy(model.vision)
         self.text = _text_mode_copy(model)
         self.vision_proj = copy.deepcopy(model.vision_proj)
         self.text_proj = copy.deepcopy(model.text_proj)
         self.queue = FeatureQueue(model.config.embed_width, queue_size)
         self.requires_grad_(False)
-        self.eval()
+        self.train()
 
     def train(self, mode: bool = True) -> "MomentumEncoders":
-        """Stay in evaluation mode whatever is asked."""
-        return super().train(False)
+        """Stay in the mode it was made for, whatever is asked."""
+        return super().train(self.mode == "train")
 
     @torch.no_grad()
     def update(self, model: MED, momentum: float) -> None:
@@ -101,18 +110,20 @@ class MomentumEncoders(nn.Module):
     @torch.no_grad()
     def features(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None,
         text_input_ids: Tensor,
         text_attention_mask: Tensor,
         image_embeds: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return momentum image and text features, (B, E) each, L2-normalised.
 
-        `image_embeds` (B, P, D) spares a pass where vision is frozen, and so equal to its twin.
+        `image_embeds` (B, P, D) in place of pixels spares a pass where vision is frozen, and so equal to its
+        twin.
         """
         if image_embeds is None:
+            assert pixel_values is not None
             image_embeds = self.vision.forward_features(pixel_values)
-        text_embeds = self.text(text_input_ids, text_attention_mask, mode="text")
+        text_embeds = self.text(text_input_ids, text_attention_mask, mode="text", first_only=True)
         return (
             F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1),
             F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1),
@@ -122,6 +133,7 @@ class MomentumEncoders(nn.Module):
 def _text_mode_copy(model: MED) -> nn.Module:
     twin = copy.deepcopy(model.text)
     for layer in twin.layers:
-        del layer.decoder_attention
-        del layer.cross_attention
+        for part in ("decoder_attention", "cross_attention"):
+            if hasattr(layer, part):
+                delattr(layer, part)
     return twin

@@ -8,41 +8,77 @@ Dimension key: B batch, P image tokens, L text tokens, S image side, N = 3 B mat
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from blip_core.losses import itc_loss, itc_targets, itm_loss, lm_labels, lm_loss
+from blip_core.config import require
+from blip_core.distributed import World
+from blip_core.losses import IGNORED, itc_loss, itc_targets, itm_loss, lm_labels, token_loss
 from blip_core.med import MED, select_images
 from blip_core.momentum import MomentumEncoders
-from blip_core.negatives import admissible_negatives, sample_hard_negatives
+from blip_core.negatives import Negatives, draw_negatives
 from blip_core.text import KeyValue
 from blip_core.tokenizer import MEDTokenizer, TokenBatch, clean_caption
+from blip_core.watch import mean_cosine
 
 Objective = Literal["itc", "itm", "lm"]
 OBJECTIVES: tuple[Objective, ...] = ("itc", "itm", "lm")
+_NUMBERS = (
+    "loss_itc",
+    "loss_itm",
+    "loss_lm",
+    "itm_accuracy",
+    "itm_accuracy_positive",
+    "itm_accuracy_negative",
+    "image_cosine",
+    "text_cosine",
+    "queue_alignment",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Images with one text each, as a batch source gives them."""
 
-    pixel_values: Tensor
-    """(B, 3, S, S), normalised."""
     captions: list[str]
     """B texts, not yet cleaned."""
     image_ids: list[str]
     """B ids; equal ids are the same image."""
+    pixel_values: Tensor | None = None
+    """(B, 3, S, S), normalised."""
+    image_embeds: Tensor | None = None
+    """(B, P, D) of a vision encoder that is not trained, in place of pixels."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.pixel_values is None) != (self.image_embeds is None),
+            "a batch holds either pixel_values or image_embeds",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """How several ranks share one step."""
+
+    world: World = field(default_factory=World)
+    negatives_from_all: bool = False
+    """Whether hard negatives come from all ranks."""
+    generator: torch.Generator | None = None
+    """In the same state on every rank, for draws that all make alike."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     """A batch, tokenised."""
 
-    pixel_values: Tensor
-    """(B, 3, S, S)."""
+    pixel_values: Tensor | None
+    """(B, 3, S, S); None where `image_embeds` are given."""
+    image_embeds: Tensor | None
+    """(B, P, D) of a frozen vision encoder; None where pixels are given."""
     tokens: TokenBatch
     encoder_input_ids: Tensor
     """(B, L) with [ENC] first."""
@@ -69,6 +105,7 @@ class StepInputs:
             lm_tokens = tokenizer.encode(prompted, max_text_tokens + num_prompt_tokens - 1)
         return cls(
             pixel_values=batch.pixel_values,
+            image_embeds=batch.image_embeds,
             tokens=tokens,
             encoder_input_ids=tokenizer.encoder_ids(tokens.input_ids),
             lm_tokens=replace(lm_tokens, input_ids=tokenizer.decoder_ids(lm_tokens.input_ids)),
@@ -79,8 +116,10 @@ class StepInputs:
 
     def to(self, device: torch.device) -> "StepInputs":
         """Return the inputs on `device`."""
+        pixels, embeds = self.pixel_values, self.image_embeds
         return StepInputs(
-            pixel_values=self.pixel_values.to(device),
+            pixel_values=None if pixels is None else pixels.to(device),
+            image_embeds=None if embeds is None else embeds.to(device),
             tokens=self.tokens.to(device),
             encoder_input_ids=self.encoder_input_ids.to(device),
             lm_tokens=self.lm_tokens.to(device),
@@ -99,19 +138,20 @@ class Losses:
     loss_itm: Tensor | None = None
     loss_lm: Tensor | None = None
     itm_accuracy: Tensor | None = None
+    itm_accuracy_positive: Tensor | None = None
+    itm_accuracy_negative: Tensor | None = None
+    image_cosine: Tensor | None = None
+    text_cosine: Tensor | None = None
+    queue_alignment: Tensor | None = None
     enqueue: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     """Momentum image and text features (B, E) and ids (B,), for the queue once the step is accepted."""
 
     def numbers(self) -> dict[str, float]:
         """Return the values that there are, by name."""
-        values = {
-            "loss": self.total,
-            "loss_itc": self.loss_itc,
-            "loss_itm": self.loss_itm,
-            "loss_lm": self.loss_lm,
-            "itm_accuracy": self.itm_accuracy,
-        }
-        return {name: float(value.detach()) for name, value in values.items() if value is not None}
+        values = {"loss": self.total} | {name: getattr(self, name) for name in _NUMBERS}
+        known = {name: value.detach() for name, value in values.items() if value is not None}
+        together = torch.stack(list(known.values())).tolist()  # one transfer from the device
+        return dict(zip(known, together, strict=True))
 
 
 def compute_losses(
@@ -123,27 +163,51 @@ def compute_losses(
     distill_alpha: float,
     label_smoothing: float,
     vision_frozen: bool = False,
+    lm_weight: float = 1.0,
+    ranks: Ranks | None = None,
 ) -> Losses:
-    """Return the losses of `objectives` on one batch; "itc" needs `momentum`."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not vision_frozen):
-        image_embeds = model.encode_image(inputs.pixel_values)
+    """Return the losses of `objectives` on one batch; "itc" needs `momentum`.
+
+    `lm_weight` multiplies loss_lm, for a batch that is part of a larger one. With several `ranks` every rank
+    brings as many rows; averaged over them, losses and gradients are those of one batch of all rows, but for
+    ITM with negatives of the own rank.
+    """
+    ranks = ranks or Ranks()
+    image_embeds = _encode(model, inputs, vision_frozen)
     losses = Losses(total=torch.zeros((), device=image_embeds.device))
     if "itc" in objectives or "itm" in objectives:
         sim_i2t, sim_t2i = _contrast(
-            model, momentum, inputs, image_embeds, losses, distill_alpha, vision_frozen
+            model, momentum, inputs, image_embeds, losses, distill_alpha, vision_frozen, ranks.world
         )
     if "itm" in objectives or "lm" in objectives:
         image_kv = model.project_image(image_embeds)
     if "itm" in objectives:
-        _match(model, inputs, image_kv, sim_i2t, sim_t2i, losses)
+        negatives = draw_negatives(
+            sim_i2t,
+            sim_t2i,
+            ranks.world.gather(inputs.image_ids),
+            ranks.world.gather(inputs.text_ids),
+            world=ranks.world,
+            from_all_ranks=ranks.negatives_from_all,
+            generator=ranks.generator,
+        )
+        pairs = _pairs(model, inputs, image_embeds, image_kv, negatives, ranks)
+        _match(model, pairs, losses)
     if "lm" in objectives:
-        tokens = inputs.lm_tokens
-        logits = model.lm_logits_from_kv(image_kv, tokens.input_ids, tokens.attention_mask)
-        labels = lm_labels(tokens.input_ids, tokens.attention_mask, inputs.num_prompt_tokens)
-        losses.loss_lm = lm_loss(logits.float(), labels, label_smoothing=label_smoothing)
+        losses.loss_lm = lm_weight * _language(model, inputs, image_kv, label_smoothing)
     for loss in (losses.loss_itc, losses.loss_itm, losses.loss_lm):
         losses.total = losses.total if loss is None else losses.total + loss
     return losses
+
+
+def _encode(model: MED, inputs: StepInputs, vision_frozen: bool) -> Tensor:
+    """Return image_embeds (B, P, D): the batch's own, or the vision encoder's."""
+    if inputs.image_embeds is not None:
+        require(vision_frozen, "a batch of image_embeds needs a vision encoder that is not trained")
+        return inputs.image_embeds
+    assert inputs.pixel_values is not None
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not vision_frozen):
+        return model.encode_image(inputs.pixel_values)
 
 
 def _contrast(
@@ -154,68 +218,127 @@ def _contrast(
     losses: Losses,
     distill_alpha: float,
     vision_frozen: bool,
+    world: World,
 ) -> tuple[Tensor, Tensor]:
-    """Fill in `loss_itc`; returns similarities (B, B) of the batch, image-to-text and text-to-image."""
+    """Fill in `loss_itc`; returns similarities (B, W * B) of the batch, image-to-text and text-to-image."""
     tokens = inputs.tokens
     if momentum is None:  # matching alone: similarities only choose the negatives
         with torch.no_grad():
             image_features = model.image_features(image_embeds)
             text_features = model.text_features(tokens.input_ids, tokens.attention_mask)
-            sim = (model.scale * image_features @ text_features.T).float()
-        return sim, sim.T
-    image_features = model.image_features(image_embeds).float()
-    text_features = model.text_features(tokens.input_ids, tokens.attention_mask).float()
+            sim_i2t = (model.scale * image_features @ world.gather(text_features).T).float()
+            if world.size == 1:
+                return sim_i2t, sim_i2t.T
+            return sim_i2t, (model.scale * text_features @ world.gather(image_features).T).float()
+    image_features = model.image_features(image_embeds)
+    text_features = model.text_features(tokens.input_ids, tokens.attention_mask)
     image_momentum, text_momentum = momentum.features(
         inputs.pixel_values,
         tokens.input_ids,
         tokens.attention_mask,
         image_embeds if vision_frozen else None,
     )
-    queue = momentum.queue
-    text_candidates = queue.candidates(text_momentum.float(), "text")  # (E, B + Q)
-    image_candidates = queue.candidates(image_momentum.float(), "image")
-    scale = model.scale
-    sim_i2t, sim_t2i = (
-        scale * image_features @ text_candidates,
-        scale * text_features @ image_candidates,
-    )
+    queue, scale = momentum.queue, model.scale
+    all_images, all_texts = world.gather(image_momentum), world.gather(text_momentum)
+    image_ids, text_ids = world.gather(inputs.image_ids), world.gather(inputs.text_ids)
+    sim_i2t = scale * queue.similarities(image_features, all_texts, "text")
+    sim_t2i = scale * queue.similarities(text_features, all_images, "image")
     with torch.no_grad():
-        is_positive = queue.is_positive(inputs.image_ids, inputs.text_ids)
-        targets_i2t = itc_targets(
-            scale * image_momentum.float() @ text_candidates, is_positive, distill_alpha
-        )
-        targets_t2i = itc_targets(
-            scale * text_momentum.float() @ image_candidates, is_positive, distill_alpha
-        )
+        is_positive = queue.is_positive(image_ids, text_ids)[world.own_rows(len(image_features))]
+        momentum_i2t = scale * queue.similarities(image_momentum, all_texts, "text")
+        momentum_t2i = scale * queue.similarities(text_momentum, all_images, "image")
+        targets_i2t = itc_targets(momentum_i2t, is_positive, distill_alpha)
+        targets_t2i = itc_targets(momentum_t2i, is_positive, distill_alpha)
     losses.loss_itc = (itc_loss(sim_i2t, targets_i2t) + itc_loss(sim_t2i, targets_t2i)) / 2
-    losses.enqueue = (image_momentum, text_momentum, inputs.image_ids, inputs.text_ids)
-    batch_size = len(inputs.image_ids)
-    return sim_i2t[:, :batch_size].detach(), sim_t2i[:, :batch_size].detach()
+    losses.enqueue = (all_images, all_texts, image_ids, text_ids)
+    with torch.no_grad():
+        own = (image_features.float(), text_features.float())
+        aligned = own[0] * image_momentum + own[1] * text_momentum
+        losses.queue_alignment = aligned.sum(dim=1).mean() / 2
+        losses.image_cosine = mean_cosine(own[0])
+        losses.text_cosine = mean_cosine(own[1])
+    num_rows = len(image_ids)
+    return sim_i2t[:, :num_rows].detach(), sim_t2i[:, :num_rows].detach()
 
 
-def _match(
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """What the matching head judges: B true pairs, then the hard ones."""
+
+    image_kv: list[KeyValue]
+    encoder_input_ids: Tensor
+    """(N, L)."""
+    attention_mask: Tensor
+    """(N, L)."""
+    num_positive: int
+
+
+def _pairs(
     model: MED,
     inputs: StepInputs,
+    image_embeds: Tensor,
     image_kv: list[KeyValue],
-    sim_i2t: Tensor,
-    sim_t2i: Tensor,
-    losses: Losses,
-) -> None:
-    """Fill in `loss_itm`: every true pair, every text with a hard image, every image with a hard text."""
-    admissible = admissible_negatives(inputs.image_ids, inputs.text_ids)
-    negative_images, has_image = sample_hard_negatives(sim_t2i, admissible)
-    negative_texts, has_text = sample_hard_negatives(sim_i2t, admissible)
-    own = torch.arange(len(admissible), device=admissible.device)
-    image_rows = torch.cat([own, negative_images[has_image], own[has_text]])
-    text_rows = torch.cat([own, own[has_image], negative_texts[has_text]])
-    labels = (torch.arange(len(image_rows), device=own.device) < len(own)).long()
+    negatives: Negatives,
+    ranks: Ranks,
+) -> _Pairs:
+    """Put every true pair, every text with a hard image and every image with a hard text together."""
+    ids, mask = inputs.encoder_input_ids, inputs.tokens.attention_mask
+    own = torch.arange(len(ids), device=ids.device)
+    hard_images = negatives.images[negatives.has_image]
+    hard_texts = negatives.texts[negatives.has_text]
+    with_hard_text = own[negatives.has_text]
+    if ranks.world.size == 1 or not ranks.negatives_from_all:
+        rows = torch.cat([own, hard_images, with_hard_text])
+        kv = select_images(image_kv, rows)
+        all_ids, all_masks = ids, mask
+    else:  # keys and values of the drawn images alone, from embeddings of all ranks
+        everywhere = ranks.world.gather_with_grad(image_embeds)
+        hard_kv = model.project_image(everywhere[hard_images])
+        true_kv = select_images(image_kv, torch.cat([own, with_hard_text]))
+        kv = [_spliced(true, hard, len(own)) for true, hard in zip(true_kv, hard_kv, strict=True)]
+        all_ids = ranks.world.gather_padded(ids, 0)
+        all_masks = ranks.world.gather_padded(mask, 0)
+        ids, mask = (F.pad(each, (0, all_ids.shape[1] - each.shape[1])) for each in (ids, mask))
+    with_hard_image = own[negatives.has_image]
+    return _Pairs(
+        image_kv=kv,
+        encoder_input_ids=torch.cat([ids, ids[with_hard_image], all_ids[hard_texts]]),
+        attention_mask=torch.cat([mask, mask[with_hard_image], all_masks[hard_texts]]),
+        num_positive=len(own),
+    )
+
+
+def _spliced(true: KeyValue, hard: KeyValue, at: int) -> KeyValue:
+    """Put the rows of `hard` into those of `true` at row `at`."""
+    key, value = (torch.cat([t[:at], h, t[at:]]) for t, h in zip(true, hard, strict=True))
+    return key, value
+
+
+def _match(model: MED, pairs: _Pairs, losses: Losses) -> None:
+    """Fill in `loss_itm` and how often the head is right."""
     logits = model.itm_logits_from_kv(
-        select_images(image_kv, image_rows),
-        inputs.encoder_input_ids[text_rows],
-        inputs.tokens.attention_mask[text_rows],
+        pairs.image_kv, pairs.encoder_input_ids, pairs.attention_mask
     ).float()
+    rows = torch.arange(len(logits), device=logits.device)
+    labels = (rows < pairs.num_positive).long()
     losses.loss_itm = itm_loss(logits, labels)
-    losses.itm_accuracy = (logits.argmax(dim=1) == labels).float().mean()
+    is_right = (logits.argmax(dim=1) == labels).float()
+    losses.itm_accuracy = is_right.mean()
+    num_negative = max(1, len(labels) - pairs.num_positive)  # 0 right of 0 is 0
+    losses.itm_accuracy_positive = is_right[: pairs.num_positive].mean()
+    losses.itm_accuracy_negative = is_right[pairs.num_positive :].sum() / num_negative
+
+
+def _language(
+    model: MED, inputs: StepInputs, image_kv: list[KeyValue], label_smoothing: float
+) -> Tensor:
+    """Return `loss_lm` (). Only supervised positions pass the head: the vocabulary is its whole cost."""
+    tokens = inputs.lm_tokens
+    labels = lm_labels(tokens.input_ids, tokens.attention_mask, inputs.num_prompt_tokens)[:, 1:]
+    hidden = model.text(tokens.input_ids, tokens.attention_mask, mode="causal", image_kv=image_kv)
+    is_supervised = labels != IGNORED
+    logits = model.lm_head(hidden[:, :-1][is_supervised], model.text.word_embeddings.weight)
+    return token_loss(logits.float(), labels[is_supervised], label_smoothing=label_smoothing)
 
 
 def hash_ids(names: Sequence[str]) -> Tensor:

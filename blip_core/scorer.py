@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blip_core.config import require
 from blip_core.med import MED, select_images
-from blip_core.tokenizer import MEDTokenizer, clean_caption
+from blip_core.tokenizer import MEDTokenizer, clean_caption, require_vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,9 @@ class Scorer:
             max_text_tokens <= limit,
             f"max_text_tokens {max_text_tokens} is above text.max_positions {limit}",
         )
+        model.require_head("itc", "a scorer")
+        model.require_head("itm", "a scorer")
+        require_vocabulary(model.config.text, tokenizer)
         self.model, self.tokenizer = model.to(device).eval(), tokenizer
         self.device = torch.device(device)
         self.max_text_tokens = max_text_tokens

@@ -7,6 +7,7 @@ self-attention. Three modes: "text" (bidirectional, no image), "fused" (bidirect
 Dimension key: B batch, P image tokens, L text tokens, D width, H heads, K head width, V vocabulary, N pairs.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,9 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from blip_core.attention import attend
 from blip_core.config import TextConfig
+from blip_core.dropout import dropout
 
 Mode = Literal["text", "fused", "causal"]
+Part = Literal["encoder", "decoder", "cross"]
+"""What a layer may go without: the self-attention of a role, or cross-attention."""
+ALL_PARTS: tuple[Part, ...] = ("encoder", "decoder", "cross")
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one attention, each (B, H, L or P, K)."""
 
@@ -49,19 +55,39 @@ class SelfAttention(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
 
     def forward(
-        self, hidden: Tensor, mask: Tensor | None, past: KeyValue | None
+        self,
+        hidden: Tensor,
+        mask: Tensor | None,
+        past: KeyValue | None = None,
+        *,
+        first_only: bool = False,
     ) -> tuple[Tensor, KeyValue]:
-        """(B, L, D) -> (B, L, D) and all keys and values, `past` included."""
-        num_rows, num_tokens, width = hidden.shape
-        qkv = self.qkv(hidden).view(num_rows, num_tokens, 3, self.num_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, L, K) each
+        """(B, L, D) -> (B, L, D), or (B, 1, D) with `first_only`, and all keys and values, `past` included."""
+        if first_only:
+            query, key, value = self._project_first(hidden)
+            hidden = hidden[:, :1]
+        else:
+            query, key, value = self._split(self.qkv(hidden), 3)  # (B, H, L, K) each
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
-        mixed = self.output(mixed.transpose(1, 2).reshape(num_rows, num_tokens, width))
-        mixed = F.dropout(mixed, self.dropout, self.training)
+        weight_dropout = self.dropout if self.training else 0.0
+        mixed = attend(query, key, value, mask, dropout_p=weight_dropout)
+        mixed = self.output(mixed.transpose(1, 2).flatten(2))
+        mixed = dropout(mixed, self.dropout, self.training)
         return self.norm(hidden + mixed), (key, value)
+
+    def _project_first(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Return the query of the first token (B, H, 1, K), and keys and values of all."""
+        width, weight, bias = hidden.shape[-1], self.qkv.weight, self.qkv.bias
+        query = F.linear(hidden[:, :1], weight[:width], bias[:width])
+        kv = F.linear(hidden, weight[width:], bias[width:])
+        return *self._split(query, 1), *self._split(kv, 2)
+
+    def _split(self, projected: Tensor, num_parts: int) -> tuple[Tensor, ...]:
+        """(B, L, n D) -> n tensors (B, H, L, K)."""
+        num_rows, num_tokens, _ = projected.shape
+        parts = projected.view(num_rows, num_tokens, num_parts, self.num_heads, -1)
+        return parts.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class CrossAttention(nn.Module):
@@ -84,13 +110,18 @@ class CrossAttention(nn.Module):
         return key, value
 
     def forward(self, hidden: Tensor, image_kv: KeyValue) -> Tensor:
-        """(N, L, D) -> (N, L, D); `image_kv` has N rows."""
+        """(N, L, D) -> (N, L, D); `image_kv` has N rows, or B rows when each image has N / B adjacent texts.
+
+        The tokens of an image's texts then ask it together, so that its keys and values are not copied.
+        """
         num_rows, num_tokens, width = hidden.shape
-        query = self.query(hidden).view(num_rows, num_tokens, self.num_heads, -1).transpose(1, 2)
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, *image_kv, dropout_p=dropout)
+        num_images = image_kv[0].shape[0]
+        query = self.query(hidden).view(num_images, -1, self.num_heads, width // self.num_heads)
+        query = query.transpose(1, 2)
+        weight_dropout = self.dropout if self.training else 0.0
+        mixed = attend(query, *image_kv, None, dropout_p=weight_dropout)
         mixed = self.output(mixed.transpose(1, 2).reshape(num_rows, num_tokens, width))
-        mixed = F.dropout(mixed, self.dropout, self.training)
+        mixed = dropout(mixed, self.dropout, self.training)
         normed: Tensor = self.norm(hidden + mixed)
         return normed
 
@@ -108,18 +139,25 @@ class FeedForward(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(N, L, D) -> (N, L, D)."""
         mixed = self.output(F.gelu(self.intermediate(hidden)))
-        normed: Tensor = self.norm(hidden + F.dropout(mixed, self.dropout, self.training))
+        normed: Tensor = self.norm(hidden + dropout(mixed, self.dropout, self.training))
         return normed
 
 
 class TextLayer(nn.Module):
     """One layer: self-attention per role; cross-attention and feed-forward shared by both."""
 
-    def __init__(self, config: TextConfig) -> None:
+    encoder_attention: SelfAttention
+    decoder_attention: SelfAttention
+    cross_attention: CrossAttention
+
+    def __init__(self, config: TextConfig, parts: frozenset[Part]) -> None:
         super().__init__()
-        self.encoder_attention = SelfAttention(config)
-        self.decoder_attention = SelfAttention(config)
-        self.cross_attention = CrossAttention(config)
+        if "encoder" in parts:
+            self.encoder_attention = SelfAttention(config)
+        if "decoder" in parts:
+            self.decoder_attention = SelfAttention(config)
+        if "cross" in parts:
+            self.cross_attention = CrossAttention(config)
         self.feed_forward = FeedForward(config)
 
     def forward(
@@ -130,10 +168,11 @@ class TextLayer(nn.Module):
         mode: Mode,
         image_kv: KeyValue | None,
         past: KeyValue | None,
+        first_only: bool,
     ) -> tuple[Tensor, KeyValue]:
         """Run one layer in `mode`; returns hidden states and self-attention keys and values."""
         attention = self.decoder_attention if mode == "causal" else self.encoder_attention
-        hidden, present = attention(hidden, mask, past)
+        hidden, present = attention(hidden, mask, past, first_only=first_only)
         if image_kv is not None:
             hidden = self.cross_attention(hidden, image_kv)
         return self.feed_forward(hidden), present
@@ -142,13 +181,15 @@ class TextLayer(nn.Module):
 class TextTransformer(nn.Module):
     """Word and position embeddings, and a stack of `TextLayer`. No token types, no pooler."""
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, parts: Iterable[Part] = ALL_PARTS) -> None:
+        """Build the layers with `parts` only: a captioner needs no encoder, a filter no decoder."""
         super().__init__()
         self.config = config
+        kept = frozenset(parts)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
         self.position_embeddings = nn.Embedding(config.max_positions, config.width)
         self.embedding_norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.layers = nn.ModuleList(TextLayer(config) for _ in range(config.depth))
+        self.layers = nn.ModuleList(TextLayer(config, kept) for _ in range(config.depth))
 
     def stack(self) -> list[TextLayer]:
         """Return the layers, with their type."""
@@ -166,12 +207,14 @@ class TextTransformer(nn.Module):
         mode: Mode,
         image_kv: list[KeyValue] | None = None,
         cache: KVCache | None = None,
+        first_only: bool = False,
     ) -> Tensor:
-        """(B, L) ids -> (B, L, D) hidden states.
+        """(B, L) ids -> (B, L, D) hidden states, or (B, 1, D) with `first_only`.
 
         `attention_mask` (B, L) is 1 for real tokens; None means that all are. `image_kv` comes from
         `project_image` and is needed in every mode but "text". With `cache` (mode "causal") the ids are
-        the next tokens only, and the cache grows.
+        the next tokens only, and the cache grows. `first_only` spares the last layer all tokens but the
+        first, for heads that read no other.
         """
         if (mode == "text") != (image_kv is None):
             raise ValueError(f"mode {mode!r} {'reads no' if mode == 'text' else 'needs an'} image")
@@ -179,13 +222,18 @@ class TextTransformer(nn.Module):
         num_tokens = input_ids.shape[1]
         positions = torch.arange(offset, offset + num_tokens, device=input_ids.device)
         embedded = self.word_embeddings(input_ids) + self.position_embeddings(positions)
-        hidden = F.dropout(self.embedding_norm(embedded), self.config.dropout, self.training)
+        hidden = dropout(self.embedding_norm(embedded), self.config.dropout, self.training)
+        if torch.is_autocast_enabled(hidden.device.type):  # else every layer would cast it again
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         mask = _attention_mask(attention_mask, num_tokens, offset, mode, input_ids.device)
         present: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
             kv = image_kv[index] if image_kv is not None else None
             past = cache.layers[index] if cache is not None and cache.layers else None
-            hidden, grown = layer(hidden, mask, mode=mode, image_kv=kv, past=past)
+            is_last = index == len(self.layers) - 1
+            hidden, grown = layer(
+                hidden, mask, mode=mode, image_kv=kv, past=past, first_only=first_only and is_last
+            )
             present.append(grown)
         if cache is not None:
             cache.layers = present

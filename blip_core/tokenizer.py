@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
+from blip_core.config import TextConfig, require
 from blip_core.errors import CheckpointError, ConfigError
 from blip_core.wordpiece import train_vocabulary
 
@@ -171,6 +172,15 @@ class MEDTokenizer:
         token_id = self._tokenizer.token_to_id(token)
         assert token_id is not None, token
         return int(token_id)
+
+
+def require_vocabulary(text: TextConfig, tokenizer: MEDTokenizer) -> None:
+    """Raise ConfigError when a tokenizer has ids that a model's vocabulary lacks."""
+    require(
+        tokenizer.vocab_size <= text.vocab_size,
+        f"the tokenizer has {tokenizer.vocab_size} ids, but the model's text.vocab_size is "
+        f"{text.vocab_size}: use the tokenizer that the model was trained with",
+    )
 
 
 def _with_first(ids: Tensor, first: int) -> Tensor:

@@ -1,131 +1,46 @@
 """One engine for pretraining, finetuning the captioner, finetuning the filter, and retraining.
 
-A batch is a pure function of the step, and every random draw of a step comes from (seed, step). A run that was
-killed and started again therefore continues bit for bit as if nothing had happened, from the last checkpoint
-in its folder.
+A batch is a pure function of its number, and every random draw of a step comes from (seed, step, rank). A run
+that was killed and started again therefore continues bit for bit as if nothing had happened, from the last
+checkpoint in its folder. Several ranks (see `distributed`) train one model as one process with all their
+batches would.
 
 Dimension key: B batch, S image side.
 """
 
-import json
 import logging
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from blip_core.config import require, require_positive
+from blip_core.config import require
+from blip_core.distributed import World, current_world
 from blip_core.errors import TrainingError
+from blip_core.forward import arranged, is_finite
 from blip_core.med import MED
-from blip_core.momentum import MomentumEncoders
-from blip_core.objectives import OBJECTIVES, Batch, Losses, Objective, StepInputs, compute_losses
-from blip_core.schedule import SCHEDULES, Schedule, learning_rate, parameter_groups, ramp
+from blip_core.objectives import Batch
+from blip_core.recorder import Recorder
+from blip_core.step import Stepper
 from blip_core.tokenizer import MEDTokenizer
+from blip_core.train_config import TrainConfig, compared_settings, completed_settings
 from blip_core.training_state import TrainingFolder, TrainingState
+from blip_core.watch import TrainLog, Warned
 
 logger = logging.getLogger(__name__)
 
 BatchSource = Callable[[int], Batch]
-"""Gives the batch of a step; the same step always gives the same batch."""
+"""Gives batch number n of the data's order; the same number always gives the same batch.
 
-MAX_SKIPPED_IN_A_ROW = 10
-_UNCOMPARED = ("log_every_steps", "checkpoint_every_steps")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """What to train on a batch, and how."""
-
-    objectives: tuple[Objective, ...] = OBJECTIVES
-    """Any of itc, itm, lm; their losses are added."""
-    steps: int
-    batch_size: int
-    learning_rate: float = 3e-4
-    """Peak, reached after warm-up."""
-    min_learning_rate: float = 1e-6
-    warmup_steps: int = 0
-    """Optimizer steps of linear warm-up."""
-    schedule: Schedule = "cosine"
-    weight_decay: float = 0.05
-    adam_beta2: float = 0.999
-    """AdamW's memory of squared gradients. 0.98 suits runs of a few hundred steps."""
-    grad_clip_norm: float | None = 1.0
-    """Largest gradient norm; None leaves gradients as they are."""
-    label_smoothing: float = 0.1
-    """Of the language-modelling loss. 0 with a vocabulary of a few dozen words."""
-    distill_alpha: float = 0.4
-    """Weight of the momentum encoders' soft targets in the contrastive loss."""
-    alpha_ramp_steps: int = 0
-    """Steps over which distill_alpha grows from 0."""
-    momentum: float = 0.995
-    """Of the momentum encoders, per step."""
-    queue_size: int = 57600
-    """Momentum features kept as further candidates of the contrastive loss."""
-    prompt: str = ""
-    """Put before every caption of the language-modelling objective; not supervised."""
-    max_text_tokens: int = 30
-    """Special tokens counted, prompt excluded."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations; parameters stay float32."""
-    seed: int = 0
-    checkpoint_every_steps: int = 1000
-    log_every_steps: int = 20
-    freeze: tuple[str, ...] = ()
-    """Prefixes of parameter names that are not trained, such as `vision`."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "steps", "batch_size", "learning_rate")
-        require_positive(self, "checkpoint_every_steps", "log_every_steps")
-        known = set(self.objectives) <= set(OBJECTIVES) and len(self.objectives) > 0
-        require(known, f"objectives must be some of {', '.join(OBJECTIVES)}; got {self.objectives}")
-        require(
-            self.schedule in SCHEDULES,
-            f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}",
-        )
-        for name in ("min_learning_rate", "weight_decay", "warmup_steps", "alpha_ramp_steps"):
-            require(
-                getattr(self, name) >= 0, f"{name} must be 0 or more, got {getattr(self, name)}"
-            )
-        for name in ("label_smoothing", "distill_alpha", "momentum"):
-            value = getattr(self, name)
-            require(0.0 <= value <= 1.0, f"{name} must be in [0, 1], got {value}")
-        require(0.0 < self.adam_beta2 < 1.0, f"adam_beta2 must be in (0, 1), got {self.adam_beta2}")
-        require(self.queue_size >= 0, f"queue_size must be 0 or more, got {self.queue_size}")
-        require(
-            self.max_text_tokens >= 3,
-            f"max_text_tokens must be 3 or more, got {self.max_text_tokens}",
-        )
-        require(
-            self.grad_clip_norm is None or self.grad_clip_norm > 0,
-            f"grad_clip_norm must be above 0 or None, got {self.grad_clip_norm}",
-        )
-        require(
-            self.dtype in ("float32", "bfloat16"),
-            f"dtype must be float32 or bfloat16, got {self.dtype!r}",
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainLog:
-    """Means over the steps since the last line of the history; None for an objective not trained."""
-
-    step: int
-    loss: float
-    loss_itc: float | None
-    loss_itm: float | None
-    loss_lm: float | None
-    lr: float
-    grad_norm: float
-    scale: float
-    itm_accuracy: float | None
-    images_per_s: float
+Step s reads the `accumulate_steps` batches from s * accumulate_steps on. Inside a process group every rank asks
+for the same numbers and is given its own equal part of each batch, in order of rank.
+"""
+Evaluate = Callable[[MED, int], Mapping[str, float]]
+"""Gives numbers of the model in evaluation mode after a step; called on the first rank."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,17 +48,23 @@ class TrainResult:
     """How a run ended."""
 
     steps: int
+    """Finished steps; fewer than asked for when the run stopped early."""
     resumed_from: int
     """Step of the checkpoint that this call started from; 0 for a fresh start."""
     num_skipped: int
     """Steps left out because the loss was not finite."""
+    best_step: int | None = None
+    """Step of the model that the run ended with, when `best_metric` is given."""
+    best_value: float | None = None
+    warned: list[Warned] = field(default_factory=list)
+    """Named warnings of the whole run, in order."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """All lines of history.jsonl."""
+    """All lines of history.jsonl, evaluations among them."""
 
     @property
     def final(self) -> dict[str, Any]:
-        """The last line of the history; empty when nothing was logged."""
-        return self.history[-1] if self.history else {}
+        """The last line of the history that holds losses; empty when nothing was logged."""
+        return next((line for line in reversed(self.history) if "loss" in line), {})
 
 
 def train(
@@ -155,21 +76,38 @@ def train(
     *,
     device: torch.device | str = "cpu",
     on_log: Callable[[TrainLog], None] | None = None,
+    evaluate: Evaluate | None = None,
 ) -> TrainResult:
     """Train `model` in place for `config.steps`, or continue the run that `folder` holds.
 
-    `folder` gets step-000200/ checkpoints (the last two are kept), history.jsonl and run.json. A folder of a
+    `folder` gets step-000200/ checkpoints (the last few are kept), history.jsonl and run.json. A folder of a
     run with another configuration or another start is refused with a ConfigError naming the field. The next
     batch is prepared in a thread while a step computes; `batches` must not use torch's global generator.
+
+    Inside a process group all ranks call this with the same arguments, and a folder that all of them see.
+    With `config.best_metric`, `evaluate` must give a number of that name, and the model ends as the best.
+
+    Raises:
+        ConfigError: a setting does not fit the model, the tokenizer, the ranks or the folder.
+        TrainingError: too many steps in a row were not finite; the model is back at the last checkpoint.
     """
     require(
         tokenizer.vocab_size <= model.config.text.vocab_size,
         f"the tokenizer has {tokenizer.vocab_size} ids, but text.vocab_size is "
         f"{model.config.text.vocab_size}",
     )
+    for objective in config.objectives:
+        model.require_head(objective, f"training on {objective}")
+    require(
+        (config.best_metric is None) == (evaluate is None),
+        f"best_metric is {config.best_metric!r} and evaluate is {'' if evaluate else 'not '}given: "
+        "both or neither",
+    )
     run = _Run(model.to(device), tokenizer, config, Path(folder), torch.device(device))
+    run.evaluate = evaluate
     try:
-        return run.train(batches, on_log)
+        with arranged(model, config):
+            return run.train(batches, on_log)
     finally:
         model.requires_grad_(True)
         model.eval()
@@ -177,6 +115,8 @@ def train(
 
 class _Run:
     """Everything that one run carries from step to step."""
+
+    evaluate: Evaluate | None = None
 
     def __init__(
         self,
@@ -186,159 +126,169 @@ class _Run:
         folder: Path,
         device: torch.device,
     ) -> None:
-        self.model, self.tokenizer, self.config, self.device = model, tokenizer, config, device
-        self.folder = TrainingFolder(folder)
-        settings = {k: v for k, v in asdict(config).items() if k not in _UNCOMPARED}
-        self.folder.check_settings({"train": settings, "model": model.config.to_dict()}, model)
+        self.model, self.config = model, config
+        self.world = current_world()
+        _check_batch(config, self.world)
+        self.folder = TrainingFolder(folder, num_kept=config.keep_checkpoints, world=self.world)
+        settings = compared_settings(config, model.config)
+        self.folder.check_settings(settings, model, completed_settings)
         _freeze(model, config.freeze)
-        self.vision_frozen = not any(p.requires_grad for p in model.vision.parameters())
-        needs_twins = "itc" in config.objectives
-        self.momentum = MomentumEncoders(model, config.queue_size) if needs_twins else None
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.weight_decay),
-            lr=config.learning_rate,
-            betas=(0.9, config.adam_beta2),
-            fused=True,
-        )
+        self.stepper = Stepper(model, tokenizer, config, self.world, device)
         self.state = TrainingState()
-        self.window_started = time.monotonic()
+        self.recorder = Recorder(
+            self.folder, config, model.config, device, vision_frozen=self.stepper.vision_frozen
+        )
 
     def train(self, batches: BatchSource, on_log: Callable[[TrainLog], None] | None) -> TrainResult:
         """Run the remaining steps."""
         config = self.config
-        self.state = self.folder.load_latest(self.model, self.optimizer, self.momentum)
-        resumed_from = self.state.step
-        if resumed_from:
-            logger.info("training continues in %s at step %d", self.folder.path, resumed_from)
-        self.folder.drop_history_after(resumed_from)
-        self.model.train()
-        if self.vision_frozen:
-            self.model.vision.eval()
-        self.window_started = time.monotonic()
+        resumed_from = self.resume()
+        self.stepper.begin()
+        self.recorder.take_over(resumed_from)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as loader:
-            upcoming = loader.submit(batches, resumed_from) if resumed_from < config.steps else None
-            for step in range(resumed_from, config.steps):
-                assert upcoming is not None
-                batch = upcoming.result()
-                if step + 1 < config.steps:
-                    upcoming = loader.submit(batches, step + 1)
-                self.step(step, batch)
-                self.after_step(step + 1, on_log)
+
+            def read(num_ahead: int) -> Future[list[Batch]] | None:
+                if self.state.step + num_ahead >= config.steps or self.state.is_stopped:
+                    return None
+                first = self.state.num_batches + num_ahead * config.accumulate_steps
+                numbers = range(first, first + config.accumulate_steps)
+                return loader.submit(lambda: [batches(number) for number in numbers])
+
+            upcoming = read(0)
+            while upcoming is not None:
+                current = upcoming.result()
+                upcoming = read(1)
+                self.step(current)
+                self.after_step(on_log)
+                if self.state.is_stopped:
+                    break
+        return self.result(resumed_from)
+
+    def resume(self) -> int:
+        """Load the last checkpoint, if any; returns its step."""
+        self.state = self.load()
+        step, old_size = self.state.step, self.state.world_size
+        if step and self.world.is_first:
+            logger.info("training continues in %s at step %d", self.folder.path, step)
+        if step and old_size != self.world.size and self.world.is_first:
+            logger.warning(
+                "this run was trained by %d ranks until step %d and goes on with %d: batches and their order "
+                "stay the same, but random draws and bits may differ from an unchanged run",
+                old_size,
+                step,
+                self.world.size,
+            )
+        self.state.world_size = self.world.size
+        return step
+
+    def load(self) -> TrainingState:
+        """Load the last good checkpoint, if any."""
+        stepper = self.stepper
+        return self.folder.load_latest(self.model, stepper.optimizer, stepper.momentum)
+
+    def step(self, batches: list[Batch]) -> None:
+        """Do one optimizer step, or skip it when it is not finite."""
+        done = self.stepper.do(self.state.step, batches)
+        self.state.num_batches += len(batches)
+        if done is None:
+            self.skip(self.state.step)
+            return
+        self.state.num_skipped_in_a_row = 0
+        numbers = [losses.numbers() for losses in done.losses]
+        self.recorder.add(self.state, numbers, done.inputs, done.of_step)
+
+    def skip(self, step: int) -> None:
+        """Leave a step out; too many in a row end the run at its last good checkpoint."""
+        self.state.num_skipped += 1
+        self.state.num_skipped_in_a_row += 1
+        if self.world.is_first:
+            logger.warning("step %d skipped: its loss or gradient is not finite", step)
+        limit = self.config.max_skipped_in_a_row
+        if self.state.num_skipped_in_a_row > limit:
+            back = self.load().step
+            where = f"the model is back at step {back}" if back else "there is no checkpoint yet"
+            raise TrainingError(
+                f"the loss is not finite since step {step - limit}, {limit + 1} steps in a row; {where}: "
+                f"lower learning_rate (now {self.config.learning_rate}) or use dtype float32"
+            )
+
+    def after_step(self, on_log: Callable[[TrainLog], None] | None) -> None:
+        """Evaluate, log and checkpoint when it is time."""
+        config, state = self.config, self.state
+        state.step += 1
+        is_last = state.step == config.steps
+        every = config.evaluate_every_steps
+        if self.evaluate is not None and (is_last or (every and state.step % every == 0)):
+            self.judge(self.evaluate)
+            is_last = is_last or state.is_stopped
+        if (state.step % config.log_every_steps == 0 or is_last) and state.window:
+            self.recorder.write(state, on_log)
+        if state.step % config.checkpoint_every_steps == 0 or is_last:
+            self.checkpoint(is_last)
+
+    def judge(self, evaluate: Evaluate) -> None:
+        """Evaluate the model; keep it when it is the best so far, stop the run when none gets better."""
+        config, state, name = self.config, self.state, self.config.best_metric or ""
+        is_better, is_stopped = False, False
+        if self.world.is_first:
+            self.model.eval()
+            with torch.no_grad():
+                numbers = {k: float(v) for k, v in evaluate(self.model, state.step).items()}
+            require(
+                name in numbers, f"best_metric {name!r} is not in what evaluate gave: {[*numbers]}"
+            )
+            self.folder.append_history({"step": state.step, **numbers})
+            value, best = numbers[name], state.best_value
+            sign = 1.0 if config.best_mode == "min" else -1.0
+            is_better = math.isfinite(value) and (best is None or sign * value < sign * best)
+            if is_better:
+                state.best_step, state.best_value = state.step, value
+                self.folder.save_best(state.step, self.model)
+            state.num_worse = 0 if is_better else state.num_worse + 1
+            is_stopped = config.patience is not None and state.num_worse >= config.patience
+        self.stepper.train_mode()
+        state.best_step = self.world.from_first(state.best_step)
+        state.is_stopped = bool(self.world.from_first(int(is_stopped)))
+
+    def checkpoint(self, is_last: bool) -> None:
+        """Save the run, unless its weights are broken: then the checkpoint before stays the last good one."""
+        if is_finite(self.model):
+            self.folder.save(self.state, self.model, self.stepper.optimizer, self.stepper.momentum)
+            return
+        problem = f"weights are not finite after step {self.state.step}; no checkpoint is written"
+        if is_last:
+            raise TrainingError(f"{problem}: lower learning_rate (now {self.config.learning_rate})")
+        logger.warning("%s", problem)
+
+    def result(self, resumed_from: int) -> TrainResult:
+        """Load the best model where one is asked for, and say how the run ended."""
+        state, best_step = self.state, None
+        if self.config.best_metric is not None and state.best_step:
+            best_step = state.best_step
+            self.folder.load_best(best_step, self.model)
         return TrainResult(
-            steps=config.steps,
+            steps=state.step,
             resumed_from=resumed_from,
-            num_skipped=self.state.num_skipped,
+            num_skipped=state.num_skipped,
+            best_step=best_step,
+            best_value=state.best_value,
+            warned=self.recorder.warned,
             history=self.folder.read_history(),
         )
 
-    def step(self, step: int, batch: Batch) -> None:
-        """Do one optimizer step, or skip it when the loss is not finite."""
-        config, model = self.config, self.model
-        torch.manual_seed(_step_seed(config.seed, step))
-        rate = learning_rate(
-            step,
-            steps=config.steps,
-            peak=config.learning_rate,
-            minimum=config.min_learning_rate,
-            warmup_steps=config.warmup_steps,
-            schedule=config.schedule,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        model.clamp_scale()
-        if self.momentum is not None:
-            self.momentum.update(model, config.momentum)
-        inputs = StepInputs.from_batch(batch, self.tokenizer, config.prompt, config.max_text_tokens)
-        with self.autocast():
-            losses = compute_losses(
-                model,
-                self.momentum,
-                inputs.to(self.device),
-                objectives=config.objectives,
-                distill_alpha=ramp(step, config.distill_alpha, config.alpha_ramp_steps),
-                label_smoothing=config.label_smoothing,
-                vision_frozen=self.vision_frozen,
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()  # type: ignore[no-untyped-call]
-        grad_norm = self.clip()
-        if not bool(torch.isfinite(losses.total.detach()) & torch.isfinite(grad_norm)):
-            self.skip(step)
-            return
-        self.optimizer.step()
-        if self.momentum is not None and losses.enqueue is not None:
-            self.momentum.queue.enqueue(*losses.enqueue)
-        self.state.num_skipped_in_a_row = 0
-        self.record(losses, grad_norm, rate, len(batch.captions))
 
-    def clip(self) -> Tensor:
-        """Clip gradients where asked; returns their norm () before that."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        limit = self.config.grad_clip_norm
-        return nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
-
-    def skip(self, step: int) -> None:
-        """Leave a step out; too many in a row end the run."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.state.num_skipped += 1
-        self.state.num_skipped_in_a_row += 1
-        logger.warning("step %d skipped: its loss or gradient is not finite", step)
-        if self.state.num_skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-            raise TrainingError(
-                f"the loss is not finite since step {step - MAX_SKIPPED_IN_A_ROW}, "
-                f"{MAX_SKIPPED_IN_A_ROW + 1} steps in a row: lower learning_rate "
-                f"(now {self.config.learning_rate}) or use dtype float32"
-            )
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which the forward pass runs."""
-        enabled = self.config.dtype == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
-
-    def record(self, losses: Losses, grad_norm: Tensor, rate: float, num_images: int) -> None:
-        """Add a step to the window that the next history line averages."""
-        values = losses.numbers() | {
-            "lr": rate,
-            "grad_norm": float(grad_norm),
-            "scale": float(self.model.scale.detach()),
-        }
-        window = self.state.window
-        for name, value in values.items():
-            window[name] = window.get(name, 0.0) + value
-        window["num_steps"] = window.get("num_steps", 0.0) + 1
-        window["num_images"] = window.get("num_images", 0.0) + num_images
-
-    def after_step(self, step: int, on_log: Callable[[TrainLog], None] | None) -> None:
-        """Log and checkpoint when it is time; `step` counts finished steps."""
-        config, is_last = self.config, step == self.config.steps
-        self.state.step = step
-        if (step % config.log_every_steps == 0 or is_last) and self.state.window:
-            log = self.take_log(step)
-            self.folder.append_history(asdict(log))
-            if on_log is not None:
-                on_log(log)
-        if step % config.checkpoint_every_steps == 0 or is_last:
-            self.folder.save(self.state, self.model, self.optimizer, self.momentum)
-
-    def take_log(self, step: int) -> TrainLog:
-        """Return the window's means and start the next window."""
-        window, now = self.state.window, time.monotonic()
-        num_steps = window.pop("num_steps")
-        num_images = window.pop("num_images")
-        means: dict[str, float | None] = dict.fromkeys(_OPTIONAL_NUMBERS)
-        means |= {name: total / num_steps for name, total in window.items()}
-        self.state.window = {}
-        seconds = max(now - self.window_started, 1e-9)
-        self.window_started = now
-        rounded = json.loads(json.dumps(means))
-        return TrainLog(step=step, images_per_s=round(num_images / seconds, 1), **rounded)
-
-
-_OPTIONAL_NUMBERS = ("loss_itc", "loss_itm", "loss_lm", "itm_accuracy")
-
-
-def _step_seed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+def _check_batch(config: TrainConfig, world: World) -> None:
+    require(
+        config.batch_size % world.size == 0,
+        f"batch_size {config.batch_size} cannot be shared equally by {world.size} ranks: use a multiple "
+        "of the ranks, or fewer ranks",
+    )
+    rows = config.batch_size * config.accumulate_steps
+    require(
+        config.queue_size == 0 or "itc" not in config.objectives or config.queue_size >= rows,
+        f"queue_size {config.queue_size} is smaller than the {rows} pairs of one step (batch_size x "
+        "accumulate_steps): use 0 for no queue, or at least one step's pairs",
+    )
 
 
 def _freeze(model: MED, prefixes: tuple[str, ...]) -> None:

@@ -8,15 +8,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
+from blip_core.attention import attend
 from blip_core.config import VisionConfig
-from blip_core.errors import CheckpointError, CorruptCheckpoint
+from blip_core.errors import CheckpointError
+from blip_core.weight_files import listed, read_safetensors
+
+
+class VisionAttention(Attention):  # type: ignore[misc]
+    """timm's attention, with the kernel that `attend` chooses."""
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """(B, P, D) -> (B, P, D); every token sees all."""
+        if attn_mask is not None or is_causal:
+            raise ValueError("image tokens are not masked")
+        num_rows, num_tokens, _ = x.shape
+        qkv = self.qkv(x).view(num_rows, num_tokens, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = attend(query, key, value, None)
+        projected: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
+        return projected
 
 
 class ConvStem(nn.Module):
@@ -74,6 +92,7 @@ def build_vision(config: VisionConfig) -> VisionTransformer:
         norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),
         num_classes=0,
         global_pool="",
+        attn_layer=VisionAttention,
         **embed_layer,
     )
     _widen(vision.blocks, init_std(config.width) / init_std(768))
@@ -88,10 +107,11 @@ def _widen(blocks: nn.Module, factor: float) -> None:
                 part.weight.mul_(factor)
 
 
-def resize_positions(pos_embed: Tensor, num_patches: int) -> Tensor:
+def resize_positions(pos_embed: Tensor, num_patches: int, *, antialias: bool = False) -> Tensor:
     """Resample position embeddings (1, 1 + n, D) bicubically to (1, 1 + num_patches, D).
 
-    Square grids only; the CLS position is kept as it is.
+    Square grids only; the CLS position is kept as it is. BLIP and transformers do not smooth when the grid
+    shrinks, timm does (`antialias`); when it grows they agree.
     """
     num_old = pos_embed.shape[1] - 1
     old_side, new_side = math.isqrt(num_old), math.isqrt(num_patches)
@@ -103,28 +123,57 @@ def resize_positions(pos_embed: Tensor, num_patches: int) -> Tensor:
     if num_old == num_patches:
         return pos_embed
     resized: Tensor = resample_abs_pos_embed(
-        pos_embed, new_size=[new_side, new_side], old_size=[old_side, old_side], num_prefix_tokens=1
+        pos_embed,
+        new_size=[new_side, new_side],
+        old_size=[old_side, old_side],
+        num_prefix_tokens=1,
+        antialias=antialias,
     )
     return resized
 
 
-def load_timm_weights(vision: VisionTransformer, path: str | Path) -> None:
-    """Load a timm safetensors file of a classifier-free ViT; strict but for the image size.
+def load_timm_weights(vision: VisionTransformer, path_or_name: str | Path) -> None:
+    """Start from a timm ViT: a safetensors file, or a model's name; strict but for the image size.
 
-    Half-precision files are cast up. A classifier head in the file is ignored. Raises CheckpointError
-    naming every key that is absent, unexpected or of another shape.
+    A name is what `timm.create_model` knows with pretrained weights: `vit_base_patch16_224.augreg_in21k`,
+    `hf-hub:...` or `local-dir:...`. Half precision is cast up and a classifier head is ignored. Raises
+    CheckpointError naming every key that is absent, unexpected or of another shape, or the name when timm
+    has no such model or cannot fetch it.
     """
-    try:
-        state = load_file(str(path))
-    except FileNotFoundError as err:
-        raise CheckpointError(f"no vision weights at {path}") from err
-    except (SafetensorError, OSError) as err:
-        raise CorruptCheckpoint(f"vision weights {path} cannot be read: {err}") from err
+    name = str(path_or_name)
+    state = _timm_state(name) if _is_timm_name(name) else read_safetensors(name, "vision weights")
     state = {key: value for key, value in state.items() if not key.startswith("head.")}
-    if "pos_embed" in state:
+    positions = state.get("pos_embed")
+    if positions is not None and positions.ndim == 3:
         num_patches = vision.patch_embed.num_patches
-        state["pos_embed"] = resize_positions(state["pos_embed"].float(), num_patches)
-    load_strict(vision, state, str(path))
+        state["pos_embed"] = resize_positions(positions.float(), num_patches, antialias=True)
+    load_strict(vision, state, name)
+
+
+def _is_timm_name(name: str) -> bool:
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return True
+    is_path = name.endswith(".safetensors") or Path(name).name != name or Path(name).exists()
+    return not is_path
+
+
+def _timm_state(name: str) -> dict[str, Tensor]:
+    """Weights of a timm model by its name, classifier left out."""
+    is_known = ":" in name or timm.is_model(name)
+    if not is_known:
+        near = timm.list_models(f"{name.split('.')[0]}*", pretrained=True)[:3]
+        hint = f"; near are {', '.join(near)}" if near else "; timm.list_models('vit*') lists them"
+        raise CheckpointError(f"timm knows no model {name!r}{hint}")
+    try:
+        state: dict[str, Tensor] = timm.create_model(
+            name, pretrained=True, num_classes=0
+        ).state_dict()
+    except (RuntimeError, OSError, ValueError, AssertionError) as err:
+        raise CheckpointError(
+            f"timm cannot give the pretrained weights of {name!r}: {err}; "
+            "check the name and the network, or give a safetensors file"
+        ) from err
+    return state
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], where: str) -> None:
@@ -138,7 +187,7 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], where: str) -> None
         if own[key].shape != state[key].shape
     ]
     problems = [
-        f"{label}: {', '.join(keys[:8])}{' and more' if len(keys) > 8 else ''}"
+        f"{label}: {listed(keys)}"
         for label, keys in (("absent", absent), ("unexpected", unexpected), ("shape", misfits))
         if keys
     ]

@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 
 from blip_core import Batch, DecodeError, decode_image
+from blip_core.distributed import World
+from flows.features import FrozenFeatures
 from storage import Lake, TrainRow, TrainSet, read_image
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,8 @@ class TrainFeed:
     """Batches of a training set, decoded ahead of the model by a few threads.
 
     A row whose image cannot be decoded is counted in `num_skipped` and its place is taken by
-    the next row of the epoch's order.
+    the next row of the epoch's order. With `features` no image is decoded: batches hold image
+    tokens of a frozen vision encoder, and `transform` is not used.
     """
 
     def __init__(
@@ -43,11 +46,16 @@ class TrainFeed:
         batch_size: int,
         seed: int,
         workers: int,
+        world: World | None = None,
+        features: FrozenFeatures | None = None,
     ) -> None:
         self._lake = lake
         self._rows = rows
         self._transform = transform
+        self._features = features
         self._batch_size = batch_size
+        world = world or World()
+        self._own = range(batch_size)[world.own_rows(batch_size // world.size)]
         self._seed = seed
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._ahead: dict[int, list[Future[tuple[torch.Tensor, str, str]]]] = {}
@@ -56,17 +64,17 @@ class TrainFeed:
         self.num_skipped = 0
 
     def __call__(self, step: int) -> Batch:
-        """The batch of optimizer step `step`: (B, 3, S, S) pixels, B captions, B image ids."""
+        """Batch `step`: (B, 3, S, S) pixels or (B, P, D) tokens, B captions, B image ids."""
         for ahead in range(step, step + 1 + BATCHES_AHEAD):
             if ahead not in self._ahead:
                 self._ahead[ahead] = self._submit(ahead)
         samples = [future.result() for future in self._ahead.pop(step)]
         for stale in [known for known in self._ahead if known < step]:
             del self._ahead[stale]
-        pixels, captions, image_ids = zip(*samples, strict=True)
-        return Batch(
-            pixel_values=torch.stack(pixels), captions=list(captions), image_ids=list(image_ids)
-        )
+        inputs, captions, image_ids = zip(*samples, strict=True)
+        name = "pixel_values" if self._features is None else "image_embeds"
+        images = {name: torch.stack(inputs)}
+        return Batch(captions=list(captions), image_ids=list(image_ids), **images)
 
     def close(self) -> None:
         """Stop the decoding threads."""
@@ -74,29 +82,34 @@ class TrainFeed:
 
     def _submit(self, step: int) -> list[Future[tuple[torch.Tensor, str, str]]]:
         first = step * self._batch_size
-        return [self._pool.submit(self._sample, first + i) for i in range(self._batch_size)]
+        return [self._pool.submit(self._sample, first + i) for i in self._own]
 
     def _sample(self, position: int) -> tuple[torch.Tensor, str, str]:
         for attempt in range(TRIES_FOR_A_ROW):
-            row = self._row(position + attempt)
-            rng = np.random.default_rng((self._seed, 1, position))
+            number = self._row_number(position + attempt)
+            row = self._rows.row(number)
             try:
-                image = decode_image(read_image(self._lake, row.shard, row.offset, row.size))
+                return *self._input(number, row, position), row.image_id
             except DecodeError as err:
                 self.num_skipped += 1
                 logger.warning("image %s of shard %s skipped: %s", row.image_id, row.shard, err)
-                continue
-            pixels, caption = self._transform(image, row.caption, rng)
-            return pixels, caption, row.image_id
         raise DecodeError(
             f"{TRIES_FOR_A_ROW} images in a line cannot be decoded, the last in shard {row.shard}; "
             "check that the shard is the one that was ingested"
         )
 
-    def _row(self, position: int) -> TrainRow:
+    def _input(self, number: int, row: TrainRow, position: int) -> tuple[torch.Tensor, str]:
+        """Pixels or tokens, and the caption."""
+        if self._features is not None:
+            return self._features.of_row(number), row.caption
+        image = decode_image(read_image(self._lake, row.shard, row.offset, row.size))
+        rng = np.random.default_rng((self._seed, 1, position))
+        return self._transform(image, row.caption, rng)
+
+    def _row_number(self, position: int) -> int:
         epoch, place = divmod(position, len(self._rows))
         with self._lock:
             if self._order is None or self._order[0] != epoch:
                 rng = np.random.default_rng((self._seed, 0, epoch))
                 self._order = (epoch, rng.permutation(len(self._rows)))
-            return self._rows.row(int(self._order[1][place]))
+            return int(self._order[1][place])

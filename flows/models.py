@@ -49,7 +49,7 @@ def eval_transform(run: Run, loaded: LoadedModel) -> EvalTransform:
 
 def require(run: Run, role: str, round: int) -> ModelRef:
     """The committed model of a role and round. Raises MissingInput naming the command to run."""
-    return _require(run.lake, role, round)
+    return require_in(run.lake, role, round)
 
 
 def starting_model(run: Run) -> ModelRef:
@@ -64,11 +64,12 @@ def starting_model_of(lake: Lake, record: RoundRecord) -> ModelRef:
     found when it began, whatever has been promoted since.
     """
     if record.champion_before is None:
-        return _require(lake, "med", 0)
+        return require_in(lake, "med", 0)
     return registry.resolve(lake, record.champion_before)
 
 
-def _require(lake: Lake, role: str, round: int) -> ModelRef:
+def require_in(lake: Lake, role: str, round: int) -> ModelRef:
+    """As `require`, for a lake that is only read."""
     ref = registry.find(lake, role, round)
     if ref is None:
         raise MissingInput(

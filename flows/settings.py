@@ -45,7 +45,29 @@ INGEST_NOT_IN_FINGERPRINTS = (
     "max_restarts",
     "slice_rows",
 )
-TRAIN_NOT_IN_FINGERPRINTS = ("checkpoint_every_steps", "log_every_steps")
+EVALUATE_NOT_IN_FINGERPRINTS = ("batch_size", "finetuned")
+"""`finetuned` adds models that are measured; the figures of each are the same."""
+TRAIN_NOT_IN_FINGERPRINTS = (
+    "checkpoint_every_steps",
+    "log_every_steps",
+    "keep_checkpoints",
+    "checkpoint_blocks",
+    "max_skipped_in_a_row",
+    "peak_flops",
+)
+TRAIN_ADDED_LATER = (
+    "accumulate_steps",
+    "fresh_lr_scale",
+    "decay_rate",
+    "steps_per_epoch",
+    "weight_decay_on",
+    "teacher_mode",
+    "negatives_from",
+    "compile",
+    "cache_vision",
+)
+"""Fields younger than the first lakes: at its default each does what was done before it, and is
+left out of fingerprints, so that those lakes stay valid."""
 
 
 class BootstrapSettings(Section):
@@ -113,11 +135,13 @@ class BootstrapSettings(Section):
             dumped.pop(name)
         for name in INGEST_NOT_IN_FINGERPRINTS:
             dumped["ingest"].pop(name)
-        for name in ("caption", "score", "evaluate"):
+        for name in ("caption", "score"):
             dumped[name].pop("batch_size")
+        for name in EVALUATE_NOT_IN_FINGERPRINTS:
+            dumped["evaluate"].pop(name)
         for name in ("pretrain", "captioner", "filter", "retrain"):
-            for field in TRAIN_NOT_IN_FINGERPRINTS:
-                (dumped[name] or {}).pop(field, None)
+            section = getattr(self, name)
+            dumped[name] = None if section is None else train_basis(section)
         return dumped
 
     @property
@@ -128,6 +152,23 @@ class BootstrapSettings(Section):
     def with_changes(self, changes: Mapping[str, Any]) -> BootstrapSettings:
         """A copy with nested `changes` merged in and validated again."""
         return parse_settings(merge(self.model_dump(mode="json"), changes))
+
+
+def train_basis(settings: TrainSettings) -> dict[str, Any]:
+    """What of one training's settings its weights depend on."""
+    dumped = settings.model_dump(mode="json", exclude=set(TRAIN_NOT_IN_FINGERPRINTS))
+    for name in TRAIN_ADDED_LATER:
+        if dumped[name] == TrainSettings.model_fields[name].default:
+            del dumped[name]
+    return dumped
+
+
+def model_basis(settings: ModelSettings) -> dict[str, Any]:
+    """What of the model's settings its weights depend on."""
+    dumped = settings.model_dump(mode="json")
+    if dumped["dropout"] is None:  # younger than the first lakes: see TRAIN_ADDED_LATER
+        del dumped["dropout"]
+    return dumped
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,12 +114,15 @@ def train(settings: BootstrapSettings) -> ModelRef:
 def evaluate(settings: BootstrapSettings) -> StageResult:
     """The round's new model and the champion it must beat, on the held-out human pairs."""
     with open_run(settings, purpose="evaluate") as run, timed(run, "evaluate"):
-        wanted = [models.starting_model(run), plans.challenger(run)]
+        whole = [models.starting_model(run), plans.challenger(run)]
+        wanted = list(whole)
+        if run.settings.evaluate.finetuned:
+            wanted += [models.require(run, role, run.round) for role in ("captioner", "filter")]
         parts = []
         with StageProgress("evaluate", "Models measured", run.round) as progress:
             for done, ref in enumerate(wanted):
                 parts.append(tasks.evaluate_model_task(run, ref))
-                if run.settings.world is not None:
+                if run.settings.world is not None and ref in whole:
                     parts.append(measure_truth(run, ref, drawn_world(run)))
                 progress(done + 1, len(wanted), ref.model_id[:8])
         return _result(run, "evaluate", parts)

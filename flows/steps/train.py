@@ -6,13 +6,17 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from torch.utils.tensorboard import SummaryWriter
 
 from blip_core import (
+    MED,
+    EvalTransform,
     LoadedModel,
     MEDConfig,
     MEDTokenizer,
@@ -25,12 +29,16 @@ from blip_core import (
     save_model,
 )
 from blip_core import train as run_training
+from blip_core.distributed import current_world
+from blip_core.watch import CONSTANT_ITM_LOSS, NOT_REPEATABLE
 from flows import models
+from flows.features import frozen_features
 from flows.feed import TrainFeed
 from flows.sections import TrainSettings
 from flows.session import Run
-from flows.settings import TRAIN_NOT_IN_FINGERPRINTS
+from flows.settings import model_basis, train_basis
 from flows.steps.batches import rows_table
+from flows.steps.ranks import train_in_ranks
 from storage import (
     Clock,
     Lake,
@@ -51,11 +59,9 @@ from storage import (
 logger = logging.getLogger(__name__)
 
 STAGE_VERSION = 1
-CONSTANT_ITM_LOSS = 0.6365
-"""Nats of the best constant answer when a third of the pairs match (one positive, two negatives)."""
 FINAL = "final"
-NOT_IN_CURVES = ("step", "images_per_s")
-"""Of a history line: the step is the row's n, and speed is not the same in every run."""
+NOT_IN_CURVES = ("step", *NOT_REPEATABLE)
+"""Of a history line: the step is the row's n, and speed and memory differ between equal runs."""
 
 Objective = Literal["itc", "itm", "lm"]
 ALL_OBJECTIVES: tuple[Objective, ...] = ("itc", "itm", "lm")
@@ -103,7 +109,10 @@ def train_model(
         return made, False
     clock = Clock()
     folder = run.lake.scratch("train", f"{plan.name}-{fingerprint_of(basis)[:16]}")
-    history = _fit(run, plan, rows, folder, on_progress)
+    if run.settings.machine.train_processes > 1:
+        history = _fit_in_ranks(run, plan, rows, folder, on_progress)
+    else:
+        history = fit(run, plan, rows, folder, on_progress)
     ref = registry.register(
         run.lake,
         folder / FINAL,
@@ -126,32 +135,55 @@ def _model_of(lake: Lake, curve: PartRef) -> ModelRef | None:
     return next(known, None)
 
 
-def _fit(
+def _fit_in_ranks(
     run: Run,
     plan: TrainPlan,
     rows: TrainSetRef,
     folder: Path,
     on_progress: Callable[[int, int, str], None],
 ) -> list[dict[str, Any]]:
-    """Train and save to `folder/final`; returns the history."""
-    loaded = _start(run, plan)
-    mean, std = models.pixel_stats(run)
-    size = loaded.model.config.vision.image_size_px
-    transform = TrainTransform(size, augment=plan.settings.augment, mean=mean, std=std)
-    feed = TrainFeed(
-        run.lake,
-        open_trainset(run.lake, rows),
-        transform,
-        batch_size=plan.settings.batch_size,
-        seed=run.settings.seed,
-        workers=run.settings.machine.decode_workers,
+    """Call `fit` in several processes; returns the history."""
+    machine = run.settings.machine
+    scratch = run.lake.scratch_root
+    values = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    refs = {
+        name: dataclasses.asdict(ref) if (ref := values[name]) is not None else None
+        for name in ("parent", "tokenizer_of")
+    }
+    job = {
+        "settings": run.settings.model_dump(mode="json"),
+        "round": run.round,
+        "scratch": str(scratch) if scratch else None,
+        "plan": values | refs | {"settings": plan.settings.model_dump(mode="json")},
+        "rows": dataclasses.asdict(rows),
+    }
+    return train_in_ranks(
+        job,
+        folder,
+        processes=machine.train_processes,
+        num_threads=machine.num_threads,
+        on_progress=on_progress,
     )
-    config = train_config(plan, run.settings.seed)
-    with SummaryWriter(run.lake.scratch("tensorboard", f"{plan.name}-round-{plan.round}")) as board:
+
+
+def fit(
+    run: Run,
+    plan: TrainPlan,
+    rows: TrainSetRef,
+    folder: Path,
+    on_progress: Callable[[int, int, str], None],
+) -> list[dict[str, Any]]:
+    """Train and save to `folder/final`; returns the history. Ranks of a process group train together."""
+    world = current_world()
+    loaded = _start(run, plan)
+    feed = _feed(run, plan, rows, loaded.model, folder, on_progress)
+    config = train_config(plan, run.settings.seed, rows.num_rows)
+    curves = run.lake.scratch("tensorboard", f"{plan.name}-round-{plan.round}")
+    with SummaryWriter(curves) if world.is_first else nullcontext() as board:
 
         def on_log(log: TrainLog) -> None:
             for name, value in dataclasses.asdict(log).items():
-                if name != "step" and value is not None:
+                if board is not None and name != "step" and value is not None:
                     board.add_scalar(name, value, log.step)
             on_progress(log.step, config.steps, f"loss {log.loss:.3f}")
 
@@ -169,9 +201,50 @@ def _fit(
             feed.close()
     if feed.num_skipped:
         logger.warning("%s: %d undecodable rows were passed over", plan.name, feed.num_skipped)
-    warn_if_stuck(plan.name, result.history)
-    save_model(loaded.model, loaded.tokenizer, folder / FINAL)
+    if world.is_first:
+        warn_if_stuck(plan.name, result.history)
+        save_model(loaded.model, loaded.tokenizer, folder / FINAL)
     return result.history
+
+
+def _feed(
+    run: Run,
+    plan: TrainPlan,
+    rows: TrainSetRef,
+    model: MED,
+    folder: Path,
+    on_progress: Callable[[int, int, str], None],
+) -> TrainFeed:
+    """Batches of the plan's rows: pixels, or the image tokens of a frozen vision encoder."""
+    settings, world = plan.settings, current_world()
+    opened = open_trainset(run.lake, rows)
+    mean, std = models.pixel_stats(run)
+    size = model.config.vision.image_size_px
+    features = None
+    if settings.cache_vision:
+        make = partial(
+            frozen_features,
+            run,
+            opened,
+            model,
+            EvalTransform(size, mean=mean, std=std),
+            folder / "features",
+            dtype=settings.dtype,
+            on_progress=lambda done, total: on_progress(done, total, "encoding images"),
+        )
+        features = make() if world.is_first else None
+        world.wait()
+        features = features or make()
+    return TrainFeed(
+        run.lake,
+        opened,
+        TrainTransform(size, augment=settings.augment, mean=mean, std=std),
+        batch_size=settings.batch_size,
+        seed=run.settings.seed,
+        workers=run.settings.machine.decode_workers,
+        world=world,
+        features=features,
+    )
 
 
 def warn_if_stuck(name: str, history: list[dict[str, Any]]) -> bool:
@@ -206,18 +279,21 @@ def _curve(plan: TrainPlan, ref: ModelRef, history: list[dict[str, Any]]) -> lis
     ]
 
 
-def train_config(plan: TrainPlan, seed: int) -> TrainConfig:
-    """The core's configuration of a plan."""
-    fields = plan.settings.model_dump(exclude={"augment"})
+def train_config(plan: TrainPlan, seed: int, num_rows: int) -> TrainConfig:
+    """The core's configuration of a plan over `num_rows` rows."""
+    settings = plan.settings
+    fields = settings.model_dump(exclude={"augment", "cache_vision"})
+    if settings.schedule == "epoch_decay" and settings.steps_per_epoch is None:
+        rows_a_step = settings.batch_size * settings.accumulate_steps
+        fields["steps_per_epoch"] = max(1, round(num_rows / rows_a_step))
     return TrainConfig(objectives=plan.objectives, seed=seed, **fields)
 
 
 def _basis(run: Run, plan: TrainPlan, rows: TrainSetRef) -> dict[str, Any]:
     """Everything that the weights depend on."""
-    not_data = set(TRAIN_NOT_IN_FINGERPRINTS)
     config = {
-        "train": plan.settings.model_dump(mode="json", exclude=not_data),
-        "model": run.settings.model.model_dump(mode="json"),
+        "train": train_basis(plan.settings),
+        "model": model_basis(run.settings.model),
         "objectives": list(plan.objectives),
         "seed": run.settings.seed,
         "tokenizer_of": plan.tokenizer_of.model_id if plan.tokenizer_of else None,
@@ -241,6 +317,10 @@ def _start(run: Run, plan: TrainPlan) -> LoadedModel:
     config = MEDConfig.preset(
         settings.preset, vocab_size=tokenizer.vocab_size, image_size_px=settings.image_size_px
     )
+    if settings.dropout is not None:
+        config = dataclasses.replace(
+            config, text=dataclasses.replace(config.text, dropout=settings.dropout)
+        )
     model = build_model(config, seed=run.settings.seed)
     if settings.init_vision:
         load_timm_weights(model.vision, Path(settings.init_vision))

@@ -1,5 +1,9 @@
 """A tiny real tokenizer, model and batch; everything is built in milliseconds."""
 
+import os
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,4 +47,21 @@ def pixel_values() -> Tensor:
 
 @pytest.fixture
 def batch(pixel_values: Tensor, texts: list[str]) -> Batch:
-    return Batch(pixel_values[:8], texts[:8], [f"image-{index}" for index in range(8)])
+    return Batch(texts[:8], [f"image-{index}" for index in range(8)], pixel_values=pixel_values[:8])
+
+
+SharedFile = Callable[[str], Path]
+
+
+@pytest.fixture
+def shared_file() -> SharedFile:
+    """Finds real weights in $BOOTSTRAP_SHARED or the folder `shared` beside the checkout, or skips."""
+    beside = Path(__file__).resolve().parents[3] / "shared"
+    folder = Path(os.environ.get("BOOTSTRAP_SHARED", beside))
+
+    def find(name: str) -> Path:
+        if not (folder / name).is_file():
+            pytest.skip(f"{name} is not in {folder}: set BOOTSTRAP_SHARED to where it is")
+        return folder / name
+
+    return find

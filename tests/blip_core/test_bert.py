@@ -6,7 +6,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from blip_core import CheckpointError, MEDConfig, build_model, init_from_bert
+from blip_core import (
+    CheckpointError,
+    CorruptCheckpoint,
+    MEDConfig,
+    build_model,
+    init_from_bert,
+)
+from blip_core.config import Head
 
 SHAPE = {
     "vocab_size": 50,
@@ -80,3 +87,22 @@ def test_init_from_bert_names_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SHAPE))
     with pytest.raises(CheckpointError, match=r"no BERT weights at .*model.safetensors"):
         init_from_bert(model.text, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("heads", "role"), [(("lm",), "decoder"), (("itc", "itm"), "encoder")], ids=["lm", "itc_itm"]
+)
+def test_a_model_of_one_role_starts_from_bert(
+    bert: BertForMaskedLM, tmp_path: Path, heads: tuple[Head, ...], role: str
+) -> None:
+    model = build_model(MEDConfig.preset("tiny", vocab_size=52, heads=heads), seed=0)
+    init_from_bert(model.text, tmp_path)
+    query = model.text.get_parameter(f"layers.1.{role}_attention.qkv.weight").chunk(3)[0]
+    assert torch.equal(query, bert.bert.encoder.layer[1].attention.self.query.weight)
+
+
+def test_damaged_bert_weights_are_named(bert: BertForMaskedLM, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(CorruptCheckpoint, match=r"BERT weights .*model.safetensors cannot be read"):
+        init_from_bert(build_model(MEDConfig.preset("tiny", vocab_size=52), seed=0).text, tmp_path)

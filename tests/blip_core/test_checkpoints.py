@@ -6,7 +6,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blip_core import MED, CheckpointError, CorruptCheckpoint, MEDTokenizer, load_model, save_model
+from blip_core import (
+    MED,
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpoint,
+    MEDConfig,
+    MEDTokenizer,
+    build_model,
+    load_model,
+    save_model,
+)
+from blip_core.config import Head
 
 
 @pytest.fixture
@@ -77,3 +88,59 @@ def test_keys_must_fit_strictly(saved: Path) -> None:
 def test_loading_at_another_image_size_resizes_positions(saved: Path) -> None:
     loaded = load_model(saved, image_size_px=64)
     assert loaded.model.encode_image(torch.zeros(1, 3, 64, 64)).shape == (1, 17, 32)
+
+
+@pytest.mark.parametrize("heads", [("itc", "itm", "lm"), ("lm",), ("itc", "itm"), ()])
+def test_a_model_without_a_tokenizer_comes_back_as_it_was(
+    heads: tuple[Head, ...], pixel_values: Tensor, tmp_path: Path
+) -> None:
+    model = build_model(MEDConfig.preset("nano", heads=heads), seed=0).eval()
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = MED.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert not loaded.training
+    expected = model.state_dict()
+    assert set(expected) == set(loaded.state_dict())
+    assert all(torch.equal(t, expected[name]) for name, t in loaded.state_dict().items())
+
+
+def test_save_pretrained_with_a_tokenizer_is_save_model(
+    model: MED, tokenizer: MEDTokenizer, saved: Path, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "other", tokenizer=tokenizer)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "other" / name).read_bytes() == (saved / name).read_bytes()
+    assert load_model(tmp_path / "other").model_id == load_model(saved).model_id
+
+
+@torch.no_grad()
+def test_from_pretrained_reads_what_a_run_saved_at_another_size(
+    model: MED, saved: Path, pixel_values: Tensor
+) -> None:
+    loaded = MED.from_pretrained(saved)
+    assert torch.equal(loaded.encode_image(pixel_values), model.encode_image(pixel_values))
+    larger = MED.from_pretrained(saved, image_size_px=64)
+    assert larger.encode_image(torch.zeros(1, 3, 64, 64)).shape == (1, 17, 32)
+    with pytest.raises(ConfigError, match="image_size_px 40 must be a multiple of patch_size_px"):
+        MED.from_pretrained(saved, image_size_px=40)
+
+
+def test_from_pretrained_finds_a_changed_byte_and_absent_weights(saved: Path) -> None:
+    path = saved / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CorruptCheckpoint, match=r"model.safetensors is damaged"):
+        MED.from_pretrained(saved)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"model.safetensors is not there"):
+        MED.from_pretrained(saved)
+
+
+def test_a_tokenizer_of_another_model_is_refused(saved: Path, texts: list[str]) -> None:
+    MEDTokenizer.train([*texts, "zebra quagga okapi"], vocab_size=200).save_pretrained(saved)
+    with pytest.raises(
+        ConfigError, match=r"tokenizer has \d+ ids, but the model's text.vocab_size"
+    ):
+        load_model(saved)

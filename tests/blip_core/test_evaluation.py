@@ -13,7 +13,9 @@ from blip_core import (
     itm_auc,
     retrieval_recalls,
 )
-from blip_core.evaluation import match_logits, mean_metric, rerank
+from blip_core.evaluation import rerank
+from blip_core.intervals import mean_metric
+from blip_core.pairs import match_logits
 
 
 def _slow_recalls(sim: Tensor, index: list[int]) -> dict[str, float]:
@@ -105,7 +107,8 @@ def test_evaluate_itm_never_takes_a_text_of_the_same_words(
     for drawn in (list(_hard_negatives(pairs)), list(_random_negatives(pairs, seed=0))):
         assert all(text is not None and text != mine for text, mine in zip(drawn, own, strict=True))
     metrics = {m.name: m for m in evaluate_itm(model, tokenizer, pairs)}
-    assert set(metrics) == {"itm_auc_random", "itm_auc_hard"}
+    kinds = ("auc_random", "ap_random", "auc_hard", "ap_hard")
+    assert list(metrics) == [f"itm_{kind}" for kind in kinds]
     assert all(0.0 <= m.value <= 1.0 and m.n == 4 for m in metrics.values())
 
 
@@ -114,7 +117,7 @@ def test_evaluate_itm_leaves_out_what_has_no_negative(
 ) -> None:
     pairs = encode_pairs(model, tokenizer, [pixel_values[:2]], [["a red ring"], ["a red ring"]])
     swapped = evaluate_itm(model, tokenizer, pairs, swapped_texts=["a blue ring", "a red cross"])
-    assert [metric.name for metric in swapped] == ["itm_auc_swapped"]
+    assert [metric.name for metric in swapped] == ["itm_auc_swapped", "itm_ap_swapped"]
 
 
 def test_encode_pairs_names_a_mismatch(

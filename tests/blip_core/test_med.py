@@ -1,18 +1,165 @@
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from blip_core import MED, MEDConfig, MEDTokenizer, build_model
+from blip_core import (
+    MED,
+    CaptionConfig,
+    Captioner,
+    ConfigError,
+    MEDConfig,
+    MEDTokenizer,
+    Scorer,
+    build_model,
+)
+from blip_core.config import Head
 from blip_core.med import select_images
+from blip_core.momentum import MomentumEncoders
 
 
-@pytest.mark.parametrize(("name", "millions"), [("base", 252.44), ("large", 474.73)])
-def test_unique_parameters_are_those_of_the_paper(name: str, millions: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "heads", "image_size_px", "millions"),
+    [
+        ("base", ("itc", "itm", "lm"), 224, 252.44),
+        ("large", ("itc", "itm", "lm"), 224, 474.73),
+        ("base", ("lm",), 384, 223.97),
+        ("large", ("lm",), 384, 446.29),
+        ("base", ("itc", "itm"), 384, 223.74),
+        ("large", ("itc", "itm"), 384, 446.13),
+    ],
+)
+def test_unique_parameters_are_those_of_the_paper(
+    name: str, heads: tuple[Head, ...], image_size_px: int, millions: float
+) -> None:
     with torch.device("meta"):
-        model = MED(MEDConfig.preset(name))
+        model = MED(MEDConfig.preset(name, heads=heads, image_size_px=image_size_px))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("heads", "absent"),
+    [
+        (("lm",), {"vision_proj", "text_proj", "itm_head", "logit_scale", "encoder_attention"}),
+        (("itc", "itm"), {"lm_head", "decoder_attention"}),
+        (("itc",), {"lm_head", "itm_head", "decoder_attention", "cross_attention"}),
+        ((), {"vision_proj", "itm_head", "lm_head", "logit_scale", "decoder_attention"}),
+    ],
+)
+def test_a_model_has_no_parameters_of_heads_that_it_lacks(
+    heads: tuple[Head, ...], absent: set[str]
+) -> None:
+    whole = {name for name, _ in MED(MEDConfig.preset("tiny")).named_parameters()}
+    found = {name for name, _ in MED(MEDConfig.preset("tiny", heads=heads)).named_parameters()}
+    assert found < whole
+    assert {part for name in whole - found for part in absent if part in name} == absent
+    assert not [name for name in found if any(part in name for part in absent)]
+
+
+def test_heads_decide_what_a_model_answers(pixel_values: Tensor) -> None:
+    ids = torch.tensor([[5, 8, 9]])
+    mask = torch.ones_like(ids)
+    captioner = build_model(MEDConfig.preset("tiny", heads=("lm",)), seed=0).eval()
+    scorer = build_model(MEDConfig.preset("tiny", heads=("itm", "itc")), seed=0).eval()
+    embeds = captioner.encode_image(pixel_values[:1])
+    assert captioner.lm_logits(embeds, ids, mask).shape == (1, 3, 64)
+    assert scorer.itm_logits(embeds, ids, mask).shape == (1, 2)
+    captioner.clamp_scale()
+    needs = "needs the head 'itm', but this model has lm: load a retrieval checkpoint"
+    with pytest.raises(ConfigError, match=f"itm_logits {needs}"):
+        captioner.itm_logits(embeds, ids, mask)
+    for answer in (
+        lambda: captioner.image_features(embeds),
+        lambda: captioner.text_features(ids, mask),
+        lambda: captioner.scale,
+        lambda: MomentumEncoders(captioner, queue_size=4),
+    ):
+        with pytest.raises(ConfigError, match="needs the head 'itc', but this model has lm"):
+            answer()
+    for answer in (
+        lambda: scorer.lm_logits(embeds, ids, mask),
+        lambda: scorer.generate(pixel_values[:1], [5], sep_id=3),
+    ):
+        with pytest.raises(
+            ConfigError, match="'lm', but this model has itc, itm: load a captioning"
+        ):
+            answer()
+
+
+def test_captioner_and_scorer_refuse_a_model_without_their_head(tokenizer: MEDTokenizer) -> None:
+    config = MEDConfig.preset("tiny", vocab_size=tokenizer.vocab_size, heads=("lm",))
+    with pytest.raises(ConfigError, match="a scorer needs the head 'itc', but this model has lm"):
+        Scorer(MED(config), tokenizer)
+    config = MEDConfig.preset("tiny", vocab_size=tokenizer.vocab_size, heads=("itc", "itm"))
+    with pytest.raises(ConfigError, match="a captioner needs the head 'lm', but this model has it"):
+        Captioner(MED(config), tokenizer, CaptionConfig())
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer: MEDTokenizer) -> None:
+    small = MED(MEDConfig.preset("tiny", vocab_size=tokenizer.vocab_size - 1))
+    message = rf"tokenizer has {tokenizer.vocab_size} ids, but the model's text.vocab_size is"
+    with pytest.raises(ConfigError, match=message):
+        Scorer(small, tokenizer)
+    with pytest.raises(ConfigError, match=message):
+        Captioner(small, tokenizer, CaptionConfig())
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 3, 32, 16), (1, 1, 32, 32), (3, 32, 32)])
+def test_pixels_of_another_shape_are_refused(model: MED, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"pixel_values are \(.*must be \(B, 3, 32, 32\): resize"):
+        model.encode_image(torch.zeros(shape))
+
+
+def test_a_text_longer_than_the_positions_is_refused(model: MED, pixel_values: Tensor) -> None:
+    ids = torch.full((1, 41), 8)
+    embeds = model.encode_image(pixel_values[:1])
+    for answer in (
+        lambda: model.text_features(ids, torch.ones_like(ids)),
+        lambda: model.itm_logits(embeds, ids, torch.ones_like(ids)),
+        lambda: model.lm_logits(embeds, ids, torch.ones_like(ids)),
+    ):
+        with pytest.raises(ConfigError, match=r"41 tokens is longer than text.max_positions 40"):
+            answer()
+    with pytest.raises(
+        ConfigError, match=r"prompt and max_new_tokens make 43 tokens, but text.max"
+    ):
+        model.generate(
+            pixel_values[:1], [5, 6, 7], sep_id=3, config=CaptionConfig(max_new_tokens=40)
+        )
+
+
+def test_generate_gives_the_captioner_s_captions_as_ids(
+    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor
+) -> None:
+    names = ["a", "b", "c"]
+    config = CaptionConfig(max_new_tokens=8, num_captions=2, prompt="a picture of", seed=4)
+    captioner = Captioner(model, tokenizer, config)
+    expected = captioner.caption(pixel_values[:3], names)
+    found = model.generate(
+        pixel_values[:3],
+        tokenizer.prompt_ids("a picture of"),
+        config=dataclasses.replace(config, prompt=""),
+        sep_id=tokenizer.sep_id,
+        forbidden_ids=captioner.forbidden_ids,
+        image_ids=names,
+    )
+    texts = [tokenizer.decode(ids) for ids in found.ids]
+    assert texts == [caption.text for of_image in expected for caption in of_image]
+    assert len(set(texts)) > 3
+
+
+def test_generate_refuses_what_it_cannot_read(model: MED, pixel_values: Tensor) -> None:
+    pixels = pixel_values[:2]
+    with pytest.raises(ConfigError, match="dec_id is not known for a vocabulary of"):
+        model.generate(pixels)
+    with pytest.raises(ConfigError, match=r"prompt_ids \[900\] and sep_id 3 must be ids below"):
+        model.generate(pixels, [900], sep_id=3)
+    with pytest.raises(ConfigError, match=r"prompt is text: give tokenizer.prompt_ids"):
+        model.generate(pixels, [5], sep_id=3, config=CaptionConfig(prompt="a picture of"))
+    with pytest.raises(ConfigError, match="there are 2 images, but 1 image_ids"):
+        model.generate(pixels, [5], sep_id=3, image_ids=["one"])
 
 
 def test_roles_share_everything_but_self_attention(model: MED) -> None:

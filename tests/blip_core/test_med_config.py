@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 
@@ -73,3 +74,35 @@ def test_med_config_refuses_widths_that_do_not_meet() -> None:
     values["text"]["encoder_width"] = 48
     with pytest.raises(ConfigError, match=r"encoder_width 48 must equal vision.width 32"):
         MEDConfig.from_dict(values)
+
+
+def test_heads_come_in_one_order_and_survive_json() -> None:
+    config = MEDConfig.preset("tiny", heads=("itm", "itc"))
+    assert config.heads == ("itc", "itm")
+    assert MEDConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_config_written_before_there_were_heads_has_all() -> None:
+    values = MEDConfig.preset("tiny").to_dict()
+    del (
+        values["heads"],
+        values["text"]["pad_id"],
+        values["text"]["sep_id"],
+        values["text"]["dec_id"],
+    )
+    assert MEDConfig.from_dict(values) == MEDConfig.preset("tiny")
+
+
+def test_an_unknown_head_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="heads must be of itc, itm, lm; got vqa"):
+        MEDConfig.from_dict(MEDConfig.preset("tiny").to_dict() | {"heads": ["lm", "vqa"]})
+
+
+def test_special_ids_are_bert_s_where_the_vocabulary_is() -> None:
+    text = MEDConfig.preset("base").text
+    assert [text.token_id(name) for name in ("pad_id", "sep_id", "dec_id")] == [0, 102, 30522]
+    assert dataclasses.replace(text, sep_id=7).token_id("sep_id") == 7
+    with pytest.raises(ConfigError, match="sep_id is not known for a vocabulary of 64: give the"):
+        MEDConfig.preset("tiny").text.token_id("sep_id")
+    with pytest.raises(ConfigError, match="dec_id 64 must be below vocab_size 64"):
+        dataclasses.replace(MEDConfig.preset("tiny").text, dec_id=64)

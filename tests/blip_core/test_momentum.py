@@ -17,14 +17,14 @@ def _fill(queue: FeatureQueue, start: int, count: int) -> None:
 def test_queue_starts_empty_and_wraps_at_any_size() -> None:
     queue = FeatureQueue(embed_width=2, queue_size=7)
     batch = torch.zeros(3, 2)
-    assert queue.candidates(batch, "image").shape == (2, 3)
+    assert queue.similarities(batch, batch, "image").shape == (3, 3)
     for start in (0, 3, 6):
         _fill(queue, start, 3)
     assert queue.num_valid == 7
     assert sorted(queue.image_ids.tolist()) == [2, 3, 4, 5, 6, 7, 8]
     assert torch.equal(queue.image_queue[0].long(), queue.image_ids)
     assert torch.equal(-queue.text_queue[1].long() + 100, queue.text_ids)
-    assert queue.candidates(batch, "text").shape == (2, 10)
+    assert queue.similarities(batch, batch[:2], "text").shape == (3, 2 + 7)
 
 
 def test_queue_keeps_the_end_of_a_batch_larger_than_itself() -> None:
@@ -36,7 +36,7 @@ def test_queue_keeps_the_end_of_a_batch_larger_than_itself() -> None:
 def test_queue_of_size_0_stays_empty() -> None:
     queue = FeatureQueue(embed_width=2, queue_size=0)
     _fill(queue, 0, 3)
-    assert queue.candidates(torch.zeros(3, 2), "image").shape == (2, 3)
+    assert queue.similarities(torch.zeros(3, 2), torch.zeros(3, 2), "image").shape == (3, 3)
 
 
 def test_positives_are_same_image_or_same_text_in_batch_and_queue() -> None:
@@ -46,13 +46,16 @@ def test_positives_are_same_image_or_same_text_in_batch_and_queue() -> None:
     assert positive.int().tolist() == [[1, 1, 0, 1, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 1]]
 
 
-def test_candidates_do_not_change_when_the_queue_is_written_later() -> None:
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_similarities_are_cosines_with_the_batch_then_with_the_queue(side: str) -> None:
     queue = FeatureQueue(embed_width=2, queue_size=4)
-    _fill(queue, 0, 4)
-    seen = queue.candidates(torch.zeros(1, 2), "image")
-    kept = seen.clone()
-    _fill(queue, 50, 4)
-    assert torch.equal(seen, kept)
+    _fill(queue, 1, 3)
+    features, batch = torch.tensor([[1.0, 0.5]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    sign = 1.0 if side == "image" else -1.0
+    expected = torch.tensor([[5.0, 0.5, 1.5 * sign, 3.0 * sign, 4.5 * sign]])
+    torch.testing.assert_close(queue.similarities(features, batch, side), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(queue.similarities(features, batch, side), expected)
 
 
 def test_update_is_an_exponential_moving_average(model: MED) -> None:
@@ -79,6 +82,19 @@ def test_twins_give_the_features_of_the_model_at_the_start(
     image, text = twins.features(pixel_values[:4], tokens.input_ids, tokens.attention_mask)
     torch.testing.assert_close(image, model.image_features(model.encode_image(pixel_values[:4])))
     torch.testing.assert_close(text, model.text_features(tokens.input_ids, tokens.attention_mask))
+
+
+@torch.no_grad()
+def test_twins_keep_dropout_only_when_the_teacher_is_in_train_mode(
+    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor, texts: list[str]
+) -> None:
+    tokens = tokenizer.encode(texts[:4], 20)
+    inputs = (pixel_values[:4], tokens.input_ids, tokens.attention_mask)
+    for mode, is_noisy in (("eval", False), ("train", True)):
+        twins = MomentumEncoders(model, queue_size=8, mode=mode)
+        twins.eval()
+        (_, first), (_, second) = twins.features(*inputs), twins.features(*inputs)
+        assert torch.equal(first, second) != is_noisy, mode
 
 
 def test_queue_size_below_0_is_refused() -> None:

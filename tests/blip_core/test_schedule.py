@@ -48,3 +48,35 @@ def test_parameter_groups_decay_matrices_only_and_cover_every_trainable(model: M
     assert all(parameter.ndim >= 2 for parameter in decayed["params"])
     covered = in_kept | {names[parameter] for parameter in decayed["params"]}
     assert covered == set(names.values()) - {"vision.norm.weight"}
+
+
+def test_rate_decays_once_an_epoch_and_never_below_the_minimum() -> None:
+    rates = [
+        learning_rate(
+            step, schedule="epoch_decay", decay_rate=0.5, steps_per_epoch=20, **RUN | {"steps": 300}
+        )
+        for step in range(300)
+    ]
+    assert rates[19] == pytest.approx(1e-3)
+    assert rates[20] == rates[39] == pytest.approx(5e-4)
+    assert rates[60] == pytest.approx(1.25e-4)
+    assert rates[299] == 1e-5
+
+
+def test_parameter_groups_decay_everything_when_asked_to(model: MED) -> None:
+    (group,) = parameter_groups(model, 0.05, "all")
+    assert group["weight_decay"] == 0.05
+    assert len(group["params"]) == len(list(model.parameters()))
+
+
+def test_parameter_groups_give_fresh_parts_their_own_rate(model: MED) -> None:
+    groups = parameter_groups(model, 0.05, fresh_lr_scale=10.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert set(scales) == set(names.values())
+    fast = {name for name, scale in scales.items() if scale == 10.0}
+    assert "itm_head.weight" in fast
+    assert "text.layers.0.cross_attention.kv.weight" in fast
+    slow = set(scales) - fast
+    assert all(name.startswith(("vision.", "text.")) for name in slow)
+    assert "text.layers.0.encoder_attention.qkv.weight" in slow

@@ -21,6 +21,7 @@ from blip_core import (
     build_model,
     train,
 )
+from blip_core.watch import NOT_REPEATABLE
 
 Source = Callable[[int], Batch]
 
@@ -40,7 +41,11 @@ def start(config: MEDConfig) -> Callable[[], MED]:
 def batches(pixel_values: Tensor, texts: list[str]) -> Source:
     def source(step: int) -> Batch:
         rows = np.random.default_rng(step).integers(0, 16, 6)
-        return Batch(pixel_values[rows], [texts[row] for row in rows], [str(row) for row in rows])
+        return Batch(
+            pixel_values=pixel_values[rows],
+            captions=[texts[row] for row in rows],
+            image_ids=[str(row) for row in rows],
+        )
 
     return source
 
@@ -67,7 +72,7 @@ def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def _without_speed(history: list[dict]) -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "images_per_s"} for line in history]
+    return [{k: v for k, v in line.items() if k not in NOT_REPEATABLE} for line in history]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -211,6 +216,35 @@ def test_train_does_the_objectives_asked_for_and_no_other(
     assert values["loss"] == pytest.approx(sum(losses), rel=1e-5)
 
 
+def test_history_says_how_matching_and_features_are_doing(
+    start: Callable[[], MED], tokenizer: MEDTokenizer, batches: Source, tmp_path: Path
+) -> None:
+    config = _config(steps=3, log_every_steps=1, momentum=0.5, peak_flops=1e12)
+    for line in train(start(), tokenizer, batches, config, tmp_path).history:
+        right, wrong = line["itm_accuracy_positive"], line["itm_accuracy_negative"]
+        low, high = sorted((right, wrong))
+        assert low <= line["itm_accuracy"] <= high
+        assert -1.0 < line["image_cosine"] < 1.0
+        assert -1.0 < line["text_cosine"] < 1.0
+        assert 0.5 < line["queue_alignment"] < 1.0, "the teacher is near, and not the same"
+        assert line["memory_gib"] > 0
+        assert line["mfu"] > 0
+    lm = train(start(), tokenizer, batches, _config(steps=2, objectives=("lm",)), tmp_path / "lm")
+    unknown = ("itm_accuracy_positive", "image_cosine", "queue_alignment", "mfu")
+    assert [lm.final[name] for name in unknown] == [None] * 4
+
+
+def test_collapsed_features_are_named_in_the_result(
+    start: Callable[[], MED], tokenizer: MEDTokenizer, batches: Source, tmp_path: Path
+) -> None:
+    def one_picture(step: int) -> Batch:
+        batch = batches(step)
+        return dataclasses.replace(batch, pixel_values=batch.pixel_values[:1].expand(6, -1, -1, -1))
+
+    result = train(start(), tokenizer, one_picture, _config(steps=2), tmp_path)
+    assert [(each.name, each.step) for each in result.warned] == [("collapsed_features", 2)]
+
+
 def test_train_leaves_frozen_parameters_alone_and_thaws_them_afterwards(
     start: Callable[[], MED], tokenizer: MEDTokenizer, batches: Source, tmp_path: Path
 ) -> None:
@@ -231,7 +265,11 @@ def test_train_copes_with_a_batch_of_one_and_with_equal_texts(
 ) -> None:
     def lonely(step: int) -> Batch:
         count = 1 if step % 2 else 3
-        return Batch(pixel_values[:count], ["a red ring"] * count, [str(i) for i in range(count)])
+        return Batch(
+            pixel_values=pixel_values[:count],
+            captions=["a red ring"] * count,
+            image_ids=[str(i) for i in range(count)],
+        )
 
     result = train(start(), tokenizer, lonely, _config(steps=4, batch_size=3), tmp_path)
     assert result.num_skipped == 0
@@ -269,7 +307,11 @@ def test_train_learns_to_match_and_to_caption(
     tmp_path: Path,
 ) -> None:
     def all_pairs(step: int) -> Batch:
-        return Batch(pixel_values, texts, [str(index) for index in range(16)])
+        return Batch(
+            pixel_values=pixel_values,
+            captions=texts,
+            image_ids=[str(index) for index in range(16)],
+        )
 
     wanted = _config(
         steps=120, batch_size=16, learning_rate=3e-3, label_smoothing=0.0, log_every_steps=20

@@ -1,9 +1,11 @@
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from blip_core import CheckpointError, CorruptCheckpoint, MEDConfig, VisionConfig
 from blip_core.vision import build_vision, load_timm_weights, resize_positions
@@ -83,3 +85,75 @@ def test_resize_positions_is_exact_at_the_same_size_and_smooth_at_another() -> N
     assert larger[0, 1:].mean().item() == pytest.approx(0.5, abs=1e-3)
     with pytest.raises(CheckpointError, match="only square grids"):
         resize_positions(positions, 15)
+
+
+TIMM_ARGUMENTS = {"img_size": 48, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture
+def timm_folder(tmp_path: Path) -> Path:
+    """A folder of timm with a classifier, as its hub has them."""
+    torch.manual_seed(0)
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=5, **TIMM_ARGUMENTS)
+    save_file(source.state_dict(), str(tmp_path / "model.safetensors"))
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 5,
+        "model_args": TIMM_ARGUMENTS,
+        "pretrained_cfg": {"input_size": [3, 48, 48], "num_classes": 5, "classifier": "head"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@torch.no_grad()
+def test_load_timm_weights_takes_a_name_of_timm(timm_folder: Path) -> None:
+    ours = build_vision(_tiny(image_size_px=48)).eval()
+    load_timm_weights(ours, f"local-dir:{timm_folder}")
+    theirs = timm.create_model(f"local-dir:{timm_folder}", pretrained=True).eval()
+    pixels = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours.forward_features(pixels), theirs.forward_features(pixels))
+
+
+@torch.no_grad()
+def test_load_timm_weights_resizes_positions_as_timm_does(timm_folder: Path) -> None:
+    ours = build_vision(_tiny(image_size_px=32))
+    load_timm_weights(ours, f"local-dir:{timm_folder}")
+    theirs = timm.create_model(f"local-dir:{timm_folder}", pretrained=True, img_size=32)
+    torch.testing.assert_close(ours.pos_embed, theirs.pos_embed)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vit_bass_patch16_224", "timm knows no model 'vit_bass_patch16_224'"),
+        ("vit_base_patch16", "knows no model 'vit_base_patch16'; near are vit_base_patch16"),
+        ("vit_tiny_patch16_224.nothing", "weights of 'vit_tiny_patch16_224.nothing': Invalid"),
+        ("vit_tiny_patch16_224", "cannot give the pretrained weights of 'vit_tiny_patch16_224'"),
+        ("local-dir:nowhere", "cannot give the pretrained weights of 'local-dir:nowhere'"),
+        ("somewhere/vit", "no vision weights at somewhere/vit"),
+    ],
+)
+def test_load_timm_weights_names_a_model_it_cannot_get(name: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_timm_weights(build_vision(_tiny()), name)
+
+
+def test_load_timm_weights_refuses_a_model_of_another_shape(timm_folder: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"unexpected: blocks.1.*shape: blocks.0.attn.proj.bi"
+    ):
+        load_timm_weights(build_vision(_tiny(width=64, depth=1)), f"local-dir:{timm_folder}")
+
+
+@torch.no_grad()
+def test_real_dinov2_weights_start_the_small_preset(shared_file: Callable[[str], Path]) -> None:
+    path = shared_file("weights/vit_small_patch14_dinov2.fp16.safetensors")
+    vision = build_vision(MEDConfig.preset("small_dinov2", image_size_px=56).vision).eval()
+    load_timm_weights(vision, path)
+    theirs = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=518).eval()
+    theirs.load_state_dict(load_file(str(path)), strict=True)
+    theirs.set_input_size(img_size=56)
+    pixels = torch.randn(1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    expected = theirs.forward_features(pixels)
+    torch.testing.assert_close(vision.forward_features(pixels), expected, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,160 @@
+"""One optimizer step: micro-batches forward and backward, clipping, the teacher and the queue.
+
+Every random draw comes from (seed, step, rank), so a step done again after a kill is the same step.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from blip_core.distributed import World
+from blip_core.errors import TrainingError
+from blip_core.forward import Forward, all_finite
+from blip_core.med import MED
+from blip_core.momentum import MomentumEncoders
+from blip_core.objectives import Batch, Losses, StepInputs
+from blip_core.schedule import learning_rate, parameter_groups, ramp
+from blip_core.tokenizer import MEDTokenizer
+from blip_core.train_config import TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """What a finished step leaves for the history."""
+
+    inputs: list[StepInputs]
+    """The rank's part of each micro-batch."""
+    losses: list[Losses]
+    of_step: dict[str, float]
+    """lr, grad_norm, and the scale where there is one."""
+
+
+class Stepper:
+    """A model with its optimizer, momentum encoders and queue."""
+
+    def __init__(
+        self,
+        model: MED,
+        tokenizer: MEDTokenizer,
+        config: TrainConfig,
+        world: World,
+        device: torch.device,
+    ) -> None:
+        self.model, self.config, self.world, self.device = model, config, world, device
+        self._tokenizer = tokenizer
+        self.vision_frozen = not any(p.requires_grad for p in model.vision.parameters())
+        self.momentum = (
+            MomentumEncoders(model, config.queue_size, config.teacher_mode)
+            if "itc" in config.objectives
+            else None
+        )
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(
+                model,
+                config.weight_decay,
+                config.weight_decay_on,
+                fresh_lr_scale=config.fresh_lr_scale,
+            ),
+            lr=config.learning_rate,
+            betas=(0.9, config.adam_beta2),
+            fused=True,
+        )
+        self._forward: Forward | None = None
+
+    def train_mode(self) -> None:
+        """Turn dropout on where something is trained."""
+        self.model.train()
+        if self.vision_frozen:
+            self.model.vision.eval()
+
+    def begin(self) -> None:
+        """Join the ranks with the weights as they are now; after loading, before the first step."""
+        self._forward = Forward(
+            self.model,
+            self.momentum,
+            self.config,
+            self.world,
+            self.device,
+            vision_frozen=self.vision_frozen,
+        )
+        self.train_mode()
+
+    def do(self, step: int, batches: list[Batch]) -> StepDone | None:
+        """Do one optimizer step; None, and nothing trained, when a loss or gradient is not finite."""
+        config, model, world, forward = self.config, self.model, self.world, self._forward
+        assert forward is not None, "begin() comes first"
+        torch.manual_seed(_step_seed(config.seed, step, world.rank))
+        shared = None
+        if world.size > 1:  # draws that all ranks make alike
+            shared = torch.Generator(self.device).manual_seed(_step_seed(config.seed, step, 0))
+        rate = self._set_rate(step)
+        model.clamp_scale()
+        if self.momentum is not None:
+            self.momentum.update(model, config.momentum)
+        micro = [self._tokenise(batch) for batch in batches]
+        self.optimizer.zero_grad(set_to_none=True)
+        done = []
+        for index, lm_weight in enumerate(forward.lm_weights(micro)):
+            with forward.sync(is_last=index == len(micro) - 1):
+                losses = forward(
+                    micro[index],
+                    distill_alpha=ramp(step, config.distill_alpha, config.alpha_ramp_steps),
+                    lm_weight=lm_weight,
+                    generator=shared,
+                )
+                (losses.total / len(micro)).backward()  # type: ignore[no-untyped-call]
+            losses.total = losses.total.detach()
+            done.append(losses)
+        grad_norm = self._clip()
+        if not all_finite(world, grad_norm, *(losses.total for losses in done)):
+            self.optimizer.zero_grad(set_to_none=True)
+            return None
+        self.optimizer.step()
+        for losses in done:
+            if self.momentum is not None and losses.enqueue is not None:
+                self.momentum.queue.enqueue(*losses.enqueue)
+        of_step = {"lr": rate, "grad_norm": float(grad_norm)}
+        if "itc" in model.config.heads:
+            of_step["scale"] = float(model.scale.detach())
+        return StepDone(micro, done, of_step)
+
+    def _set_rate(self, step: int) -> float:
+        """Give the optimizer the learning rate of `step`; returns it."""
+        config = self.config
+        rate = learning_rate(
+            step,
+            steps=config.steps,
+            peak=config.learning_rate,
+            minimum=config.min_learning_rate,
+            warmup_steps=config.warmup_steps,
+            schedule=config.schedule,
+            decay_rate=config.decay_rate,
+            steps_per_epoch=config.steps_per_epoch,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        return rate
+
+    def _tokenise(self, batch: Batch) -> StepInputs:
+        """Return a batch as the objectives read it."""
+        config = self.config
+        part, num_rows = config.batch_size // self.world.size, len(batch.captions)
+        if self.world.size > 1 and num_rows != part:
+            raise TrainingError(
+                f"rank {self.world.rank} was given {num_rows} pairs, but its part of batch_size "
+                f"{config.batch_size} is {part}: `batches` must give each rank an equal part"
+            )
+        return StepInputs.from_batch(batch, self._tokenizer, config.prompt, config.max_text_tokens)
+
+    def _clip(self) -> Tensor:
+        """Clip gradients where asked; returns their norm () before that."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        limit = self.config.grad_clip_norm
+        return nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    entropy = [seed, step, rank] if rank else [seed, step]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)

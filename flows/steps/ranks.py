@@ -1,0 +1,91 @@
+"""One training in several processes: torchrun is started here, each of its processes is `flows.rank`.
+
+The flow stays one process: it waits, hands progress on, and is the only one that commits. When it dies, the
+ranks end themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from blip_core import TrainingError
+
+logger = logging.getLogger(__name__)
+
+PROGRESS = "progress "
+"""How a line of the first rank begins that tells how far it is."""
+ERROR = "error.txt"
+HISTORY = "history.json"
+NUM_LAST_LINES = 20
+SECONDS_TO_END = 20
+
+
+def train_in_ranks(
+    job: dict[str, Any],
+    folder: Path,
+    *,
+    processes: int,
+    num_threads: int | None,
+    on_progress: Callable[[int, int, str], None],
+) -> list[dict[str, Any]]:
+    """Run `flows.rank` on a job in `processes` processes of this machine; returns the history.
+
+    Raises:
+        TrainingError: a process failed; holds its message.
+    """
+    path = folder / "job.json"
+    (folder / ERROR).unlink(missing_ok=True)
+    path.write_text(json.dumps(job | {"parent": os.getpid()}), encoding="utf-8")
+    threads = num_threads or max(1, (os.cpu_count() or 1) // processes)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={processes}", "-m", "flows.rank", str(path)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+    )
+    last: deque[str] = deque(maxlen=NUM_LAST_LINES)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    reader = threading.Thread(target=_keep_last, args=(process.stderr, last), daemon=True)
+    reader.start()
+    try:
+        for line in process.stdout:
+            if line.startswith(PROGRESS):
+                on_progress(*json.loads(line.removeprefix(PROGRESS)))
+        status = process.wait()
+    finally:
+        _end(process)
+    reader.join(timeout=SECONDS_TO_END)
+    if status != 0:
+        error = folder / ERROR
+        reason = error.read_text(encoding="utf-8") if error.is_file() else "\n".join(last)
+        raise TrainingError(f"training in {processes} processes failed: {reason}")
+    history: list[dict[str, Any]] = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
+    return history
+
+
+def _keep_last(stream: IO[str], last: deque[str]) -> None:
+    for line in stream:
+        last.append(line.rstrip())
+        logger.info("%s", line.rstrip())
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.terminate()  # torchrun then ends its processes
+        try:
+            process.wait(timeout=SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            process.kill()

@@ -1,0 +1,129 @@
+"""Finetuning and export of single models: what is refused before any work, and resumption."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from blip_core import MED, ConfigError, MEDConfig, MEDTokenizer, build_model, load_model, save_model
+from flows.errors import MissingInput, SettingsError
+from flows.export import export_model
+from flows.finetune import WORK, finetune
+from flows.settings import BootstrapSettings, parse_settings
+from storage import Lake
+
+TEXTS = ("a red ring", "two blue squares", "a green cross on white")
+
+
+@pytest.fixture
+def settings() -> BootstrapSettings:
+    section = {"steps": 6, "batch_size": 4, "queue_size": 8, "checkpoint_every_steps": 2}
+    values: dict[str, Any] = {
+        "preset": None,
+        "machine": {"device": "cpu", "num_threads": 1, "decode_workers": 1},
+        "captioner": section,
+        "filter": section,
+    }
+    return parse_settings(values)
+
+
+@pytest.fixture
+def captioned(tmp_path: Path) -> dict[str, Path]:
+    (tmp_path / "images").mkdir()
+    rng, rows = np.random.default_rng(0), []
+    for index in range(6):
+        pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
+        rows.append({"image": f"{index}.png", "caption": TEXTS[index % 3]})
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"captions": captions, "images": tmp_path / "images"}
+
+
+def _model(folder: Path, preset: str = "tiny") -> str:
+    tokenizer = MEDTokenizer.train(TEXTS, vocab_size=64)
+    model = build_model(MEDConfig.preset(preset, vocab_size=tokenizer.vocab_size), seed=0)
+    save_model(model, tokenizer, folder)
+    return str(folder)
+
+
+def _ignore(done: int, total: int, note: str) -> None:
+    pass
+
+
+def test_finetune_makes_a_filter_with_the_role(
+    tmp_path: Path, captioned: dict[str, Path], settings: BootstrapSettings
+) -> None:
+    start, out = _model(tmp_path / "start"), tmp_path / "out"
+    finetune(start, out=out, settings=settings, role="filter", on_progress=_ignore, **captioned)
+    assert MED.from_pretrained(out).config.heads == ("itc", "itm")
+
+
+def test_finetune_goes_on_from_its_checkpoint_after_a_stop(
+    tmp_path: Path, captioned: dict[str, Path], settings: BootstrapSettings
+) -> None:
+    settings = settings.with_changes({"captioner": {"log_every_steps": 1}})
+    start = _model(tmp_path / "start")
+    seen: list[int] = []
+
+    def stop_at_4(done: int, total: int, note: str) -> None:
+        seen.append(done)
+        if seen == [1, 2, 3, 4]:
+            raise KeyboardInterrupt
+
+    def run(out: Path) -> None:
+        finetune(
+            start, out=out, settings=settings, layout="own", on_progress=stop_at_4, **captioned
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped")
+    run(tmp_path / "stopped")
+    assert seen == [1, 2, 3, 4, 3, 4, 5, 6], "the checkpoint of step 2 was there, that of 4 not yet"
+    run(tmp_path / "whole")
+    stopped, whole = load_model(tmp_path / "stopped"), load_model(tmp_path / "whole")
+    assert stopped.model_id == whole.model_id
+    assert not (tmp_path / "stopped" / WORK).exists()
+
+
+def test_finetune_refuses_a_layout_that_cannot_hold_the_model_before_it_trains(
+    tmp_path: Path, captioned: dict[str, Path], settings: BootstrapSettings
+) -> None:
+    start, out = _model(tmp_path / "start", preset="nano"), tmp_path / "out"
+    with pytest.raises(ConfigError, match="layout='own'"):
+        finetune(start, out=out, settings=settings, on_progress=_ignore, **captioned)
+    assert not out.exists()
+
+
+def test_finetune_refuses_a_model_without_the_trained_head(
+    tmp_path: Path, captioned: dict[str, Path], settings: BootstrapSettings
+) -> None:
+    start = MED.from_pretrained(_model(tmp_path / "start"))
+    tokenizer = MEDTokenizer.from_pretrained(tmp_path / "start")
+    start.save_pretrained(tmp_path / "retrieval", "hf-retrieval", tokenizer=tokenizer)
+    with pytest.raises(ConfigError, match="finetuning a captioner needs the head 'lm'"):
+        finetune(
+            str(tmp_path / "retrieval"),
+            out=tmp_path / "out",
+            settings=settings,
+            on_progress=_ignore,
+            **captioned,
+        )
+
+
+def test_finetune_refuses_a_folder_that_holds_a_model(
+    tmp_path: Path, captioned: dict[str, Path], settings: BootstrapSettings
+) -> None:
+    start = _model(tmp_path / "start")
+    with pytest.raises(SettingsError, match="holds a model already"):
+        finetune(start, out=Path(start), settings=settings, on_progress=_ignore, **captioned)
+
+
+def test_export_names_the_round_that_is_not_there(tmp_path: Path) -> None:
+    lake = Lake.open(str(tmp_path / "lake"), create=True)
+    with pytest.raises(MissingInput, match=re.escape("has no round 3; `bootstrap rounds`")):
+        export_model(lake, "captioner", tmp_path / "out", round=3)

@@ -1,0 +1,137 @@
+"""A training that several processes share, started by the flow's own step."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from cycle import ROOT, tiny_settings
+from PIL import Image
+
+from blip_core import TrainingError
+from flows.session import Run
+from flows.settings import parse_settings
+from flows.steps.plans import HUMAN_SQL
+from flows.steps.train import TrainPlan, train_model
+from storage import CaptionSetConfig, Lake, ingest_captions, query
+
+NUM_IMAGES = 12
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A lake of a few captioned pictures, and settings of two processes."""
+    rng, rows = np.random.default_rng(0), []
+    (tmp_path / "images").mkdir()
+    for index in range(NUM_IMAGES):
+        pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
+        texts = ("a red ring", "two blue squares on a white ground", "a cross")
+        rows.append({"image": f"{index}.png", "caption": texts[index % 3]})
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = tiny_settings(tmp_path / "lake", tmp_path / "world")
+    settings["machine"]["train_processes"] = 2
+    settings["model"] |= {"preset": "nano", "image_size_px": 32}  # has no dropout
+    lake = Lake.open(str(tmp_path / "lake"), create=True)
+    config = CaptionSetConfig(
+        captions=str(captions), images=str(tmp_path / "images"), pool="human", name="few"
+    )
+    ingest_captions(lake, config)
+    return Run(lake, parse_settings(settings), 0)
+
+
+def _plan(run: Run) -> TrainPlan:
+    return TrainPlan(
+        name="pretrain",
+        role="med",
+        round=0,
+        sql=HUMAN_SQL,
+        objectives=("lm",),
+        parent=None,
+        tokenizer_of=None,
+        settings=run.settings.pretrain,
+    )
+
+
+def _curve(run: Run) -> list[float]:
+    lines = query(run.lake, "SELECT value FROM metrics WHERE metric = 'loss_lm' ORDER BY n")
+    return [row["value"] for row in lines.to_pylist()]
+
+
+def test_training_in_two_processes_learns_what_one_would(run: Run, tmp_path: Path) -> None:
+    told = []
+    ref, built = train_model(run, _plan(run), lambda *progress: told.append(progress))
+    assert built
+    assert [step for step, _, _ in told] == [3, 6, 9]
+    shared = _curve(run)
+    again, built = train_model(run, _plan(run), lambda *_: None)
+    assert (again, built) == (ref, False), "the number of processes makes no other model"
+
+    alone = parse_settings(
+        run.settings.model_dump(mode="json")
+        | {"machine": run.settings.machine.model_dump() | {"train_processes": 1}}
+    )
+    copy = tmp_path / "copy"
+    (run.lake.root.local_path("tables") / "metrics").rename(tmp_path / "shared-metrics")
+    other = Run(Lake.open(str(tmp_path / "lake"), scratch_root=copy), alone, 0)
+    _, built = train_model(other, _plan(other), lambda *_: None)
+    assert built
+    assert shared == pytest.approx(_curve(other), rel=1e-4)
+
+
+def test_training_in_processes_that_cannot_share_a_batch_says_why(run: Run) -> None:
+    settings = run.settings.with_changes({"pretrain": {"batch_size": 7}})
+    plan = dataclasses.replace(_plan(run), settings=settings.pretrain)
+    with pytest.raises(TrainingError, match="batch_size 7 cannot be shared equally by 2 ranks"):
+        train_model(run, plan, lambda *_: None)
+
+
+def test_ranks_end_when_the_process_that_started_them_is_killed(run: Run, tmp_path: Path) -> None:
+    settings = run.settings.with_changes({"pretrain": {"steps": 100_000}})
+    path = tmp_path / "settings.json"
+    path.write_text(settings.model_dump_json())
+    code = (
+        "import sys; from pathlib import Path; from flows.session import Run;"
+        "from flows.settings import parse_settings; from storage import Lake; import json;"
+        "import test_train_ranks as t; from flows.steps.train import train_model;"
+        f"s = parse_settings(json.loads(Path({str(path)!r}).read_text()));"
+        "r = Run(Lake.open(s.machine.lake), s, 0);"
+        "train_model(r, t._plan(r), lambda *_: None)"
+    )
+    folders = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    flow = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": folders},
+        stderr=subprocess.DEVNULL,
+    )
+    family: list[psutil.Process] = []
+    try:
+        work = run.lake.scratch("train")
+        for _ in range(600):
+            if list(work.glob("pretrain-*/steps/step-*/state.json")):
+                break
+            assert flow.poll() is None
+            time.sleep(0.1)
+        else:
+            pytest.fail("no checkpoint was written")
+        family = psutil.Process(flow.pid).children(recursive=True)
+        assert len(family) >= 3, "torchrun and two ranks"
+        flow.kill()
+        flow.wait()
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert alive == []
+    finally:
+        for process in [flow, *family]:
+            if (
+                process.poll() is None
+                if isinstance(process, subprocess.Popen)
+                else process.is_running()
+            ):
+                process.kill()
