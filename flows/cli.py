@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import csv
-import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -64,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     )
     for name, text in STAGES.items():
         _settings_options(_command(commands, name, text, _stage))
+    _model_commands(commands)
     sql = _command(commands, "sql", "ask the lake; without a query, a prompt", _sql)
     sql.add_argument("query", nargs="?", help="one SELECT statement")
     sql.add_argument("--lake", help="lake to read; else BOOTSTRAP_LAKE, else the last used here")
@@ -82,6 +82,32 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _model_commands(commands: Any) -> None:
+    finetune = _command(
+        commands,
+        "finetune",
+        "finetune a BLIP model on captioned pictures, without a lake",
+        _finetune,
+    )
+    finetune.add_argument("model", help="folder or hub name of a BLIP model, or a .pth file")
+    finetune.add_argument("--captions", required=True, help="COCO or Karpathy JSON, or a table")
+    finetune.add_argument("--images", required=True, help="folder of its pictures")
+    finetune.add_argument("--role", choices=("captioner", "filter"), default="captioner")
+    _config_options(finetune)
+    finetune.set_defaults(preset="base", lake=None, on_stale=None)
+    export = _command(commands, "export", "write a model of the lake for transformers", _export)
+    export.add_argument("role", choices=("captioner", "filter", "med"))
+    export.add_argument("--lake", help="lake to read")
+    export.add_argument("--round", type=int, help="round of the model; the latest when not given")
+    for sub in (finetune, export):
+        sub.add_argument("--out", required=True, help="folder to write the model into")
+        sub.add_argument(
+            "--layout",
+            choices=("own", "hf-captioning", "hf-retrieval"),
+            help="own, or a class of transformers; as the role needs when not given",
+        )
+
+
 def _command(
     commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int]
 ) -> argparse.ArgumentParser:
@@ -92,8 +118,15 @@ def _command(
 
 
 def _settings_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--config", "--preset", dest="preset", help="preset in configs/, or a path")
+    _config_options(sub)
     sub.add_argument("--lake", help="lake to work on")
+    sub.add_argument(
+        "--on-stale", choices=("error", "rebuild"), help="what to do with outdated parts"
+    )
+
+
+def _config_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", "--preset", dest="preset", help="preset in configs/, or a path")
     sub.add_argument(
         "--set",
         dest="overrides",
@@ -101,9 +134,6 @@ def _settings_options(sub: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FIELD=VALUE",
         help="change one setting, such as pretrain.steps=200; may be repeated",
-    )
-    sub.add_argument(
-        "--on-stale", choices=("error", "rebuild"), help="what to do with outdated parts"
     )
 
 
@@ -159,6 +189,39 @@ def _stage(options: argparse.Namespace) -> int:
     return 0
 
 
+def _finetune(options: argparse.Namespace) -> int:
+    from flows.finetune import finetune
+    from flows.terminal import StageBars, console
+
+    settings = settings_from(options)
+    with StageBars() as bars:
+        finetune(
+            options.model,
+            Path(options.captions),
+            Path(options.images),
+            Path(options.out),
+            settings,
+            role=options.role,
+            layout=options.layout,
+            on_progress=partial(bars, options.role),
+        )
+    console.print(f"model:  {options.out}", highlight=False)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from flows.export import export_model
+    from flows.terminal import console
+    from storage import Lake
+
+    lake = Lake.open(find_lake(options.lake), read_only=True)
+    ref = export_model(
+        lake, options.role, Path(options.out), round=options.round, layout=options.layout
+    )
+    console.print(f"{ref.role} {ref.model_id} of round {ref.round}: {options.out}", highlight=False)
+    return 0
+
+
 def _bars() -> Any:
     from flows.progress import add_sink
     from flows.terminal import StageBars
@@ -170,33 +233,19 @@ def _bars() -> Any:
 
 def _sql(options: argparse.Namespace) -> int:
     from flows.sqlprompt import prompt
-    from flows.terminal import rows_of
+    from flows.terminal import print_rows, rows_of
     from storage import Lake, query
 
     lake = Lake.open(find_lake(options.lake), read_only=True)
     if options.query is None:
         return prompt(lake)
     result = query(lake, options.query)
-    _print_rows(result.column_names, rows_of(result), options.format)
+    print_rows(result.column_names, rows_of(result), options.format)
     return 0
 
 
-def _print_rows(names: list[str], rows: list[tuple[Any, ...]], form: str) -> None:
-    from flows.terminal import console, table
-
-    if form == "csv":
-        writer = csv.writer(sys.stdout)
-        writer.writerow(names)
-        writer.writerows(rows)
-    elif form == "json":
-        records = [dict(zip(names, row, strict=True)) for row in rows]
-        sys.stdout.write(json.dumps(records, default=str, indent=2) + "\n")
-    else:
-        console.print(table(names, rows))
-
-
 def _rounds(options: argparse.Namespace) -> int:
-    from flows.terminal import rows_of
+    from flows.terminal import print_rows, rows_of
     from storage import Lake, query
 
     lake = Lake.open(find_lake(options.lake), read_only=True)
@@ -205,7 +254,7 @@ def _rounds(options: argparse.Namespace) -> int:
         "SELECT round, status, why, champion_before, champion_after, started_at, finished_at "
         "FROM rounds ORDER BY round",
     )
-    _print_rows(result.column_names, rows_of(result), "table")
+    print_rows(result.column_names, rows_of(result), "table")
     return 0
 
 

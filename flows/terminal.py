@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import sys
 from collections.abc import Sequence
 from types import TracebackType
@@ -80,6 +82,19 @@ def table(names: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None
     for row in rows:
         shown.add_row(*(_cell(value) for value in row))
     return shown
+
+
+def print_rows(names: list[str], rows: list[tuple[Any, ...]], form: str) -> None:
+    """Rows as a table, or for scripts: csv, json."""
+    if form == "csv":
+        writer = csv.writer(sys.stdout)
+        writer.writerow(names)
+        writer.writerows(rows)
+    elif form == "json":
+        records = [dict(zip(names, row, strict=True)) for row in rows]
+        sys.stdout.write(json.dumps(records, default=str, indent=2) + "\n")
+    else:
+        console.print(table(names, rows))
 
 
 def rows_of(result: pa.Table) -> list[tuple[Any, ...]]:

@@ -1,6 +1,7 @@
 import logging
 import shutil
 
+import numpy as np
 import pytest
 
 from blip_core import ConfigError, caption_metrics
@@ -53,6 +54,28 @@ def test_wrong_captions_score_little_and_an_empty_one_is_allowed() -> None:
 
 
 @pytest.mark.usefixtures("no_java")
+def test_bleu4_is_pycocoevalcaps_for_the_whole_and_for_every_resample() -> None:
+    from pycocoevalcap.bleu.bleu import Bleu
+
+    said = ["a red ring on a wall", "two dogs run over the green grass", "a man on a bicycle"]
+    names, texts = list("abcdefghi"), list(REFERENCES.values())
+    references = {name: texts[place % 3] for place, name in enumerate(names)}
+    captions = {name: said[(place + place // 6) % 3] for place, name in enumerate(names)}
+
+    def bleu4(drawn: list[str]) -> float:
+        truths = {f"{place}": references[name] for place, name in enumerate(drawn)}
+        results = {f"{place}": [captions[name]] for place, name in enumerate(drawn)}
+        return float(Bleu(4).compute_score(truths, results, verbose=0)[0][3])
+
+    found = {metric.name: metric for metric in caption_metrics(captions, references)}["bleu4"]
+    assert found.value == pytest.approx(bleu4(names))
+    draws = np.random.default_rng(0).integers(0, 9, (1000, 9))
+    drawn = [bleu4([names[image] for image in draw]) for draw in draws]
+    assert [found.low, found.high] == pytest.approx(list(np.percentile(drawn, [2.5, 97.5])))
+    assert 0.05 < found.low < found.value < found.high
+
+
+@pytest.mark.usefixtures("no_java")
 def test_figures_do_not_depend_on_the_order_of_images() -> None:
     captions = {image: texts[1] for image, texts in REFERENCES.items()}
     turned = dict(reversed(list(captions.items())))
@@ -75,6 +98,8 @@ def test_meteor_is_there_with_java_and_near_1_for_perfect_captions() -> None:
     metrics = caption_metrics({k: v[0] for k, v in REFERENCES.items()}, REFERENCES)
     assert metrics[-1].name == "meteor"
     assert 0.9 < metrics[-1].value <= 1.0
+    assert metrics[-1].low <= metrics[-1].value <= metrics[-1].high
+    assert metrics[-1].n == 3
 
 
 def test_images_that_differ_or_lack_references_are_named() -> None:

@@ -5,16 +5,15 @@ from torch import Tensor
 
 from blip_core import (
     MED,
-    ConfigError,
     MEDTokenizer,
+    average_precision,
     encode_pairs,
     evaluate_itm,
     evaluate_retrieval,
     itm_auc,
     retrieval_recalls,
 )
-from blip_core.evaluation import rerank
-from blip_core.intervals import mean_metric
+from blip_core.evaluation import rerank, retrieval_ranks
 from blip_core.pairs import match_logits
 
 
@@ -77,6 +76,44 @@ def test_evaluate_retrieval_gives_seven_figures_with_intervals(
     assert metrics["t2i_r5"].low <= metrics["t2i_r5"].value <= metrics["t2i_r5"].high
 
 
+def test_evaluate_retrieval_draws_the_same_images_for_all_six_recalls_of_the_mean(
+    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor, captions: list[list[str]]
+) -> None:
+    pairs = encode_pairs(model, tokenizer, pixel_values.split(5), captions)
+    metrics = {m.name: m for m in evaluate_retrieval(model, tokenizer, pairs)}
+    mean = metrics.pop("mean_recall")
+    sim = pairs.image_features @ pairs.text_features.T
+    image_ranks, text_ranks = retrieval_ranks(sim, pairs.text_image_index)
+    own = [np.flatnonzero(pairs.text_image_index.numpy() == image) for image in range(16)]
+    drawn = []
+    for draw in np.random.default_rng(0).integers(0, 16, (1000, 16)):
+        ranks = image_ranks[draw], text_ranks[np.concatenate([own[image] for image in draw])]
+        drawn.append(np.mean([(r < k).double().mean() for r in ranks for k in (1, 5, 10)]))
+    assert [mean.low, mean.high] == pytest.approx(list(np.percentile(drawn, [2.5, 97.5])))
+    assert mean.n == 16
+    assert all(m.low is not None and m.low <= m.value <= m.high for m in metrics.values())
+
+
+def test_retrieval_ranks_never_find_an_image_without_a_text() -> None:
+    ranks, _ = retrieval_ranks(torch.eye(3)[:, :2], torch.tensor([0, 1]))
+    assert (ranks[:2].tolist(), ranks[2].item() >= 10) == ([0, 0], True)
+    assert retrieval_recalls(torch.eye(3)[:, :2], torch.tensor([0, 1]))["i2t_r10"] == 2 / 3
+
+
+@torch.no_grad()
+def test_rerank_leaves_the_others_in_the_order_of_their_cosines(
+    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor, captions: list[list[str]]
+) -> None:
+    pairs = encode_pairs(model, tokenizer, pixel_values.split(8), captions)
+    sim = pairs.image_features @ pairs.text_features.T
+    sim = sim.mean() + 0.01 * (sim - sim.mean())  # cosines of a poor model: close to each other
+    by_image, by_text = rerank(model, tokenizer, pairs, sim, k=3)
+    for reranked, cosines in ((by_image, sim), (by_text.T, sim.T)):
+        order = cosines.argsort(dim=1, descending=True, stable=True)[:, 3:]
+        assert torch.equal(reranked.gather(1, order).diff(dim=1).sign().amax(), torch.tensor(0.0))
+        assert (reranked.gather(1, order).diff(dim=1) < 0).double().mean() > 0.9
+
+
 @torch.no_grad()
 def test_rerank_puts_match_logit_plus_cosine_on_the_top_k_only(
     model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor, captions: list[list[str]]
@@ -109,7 +146,25 @@ def test_evaluate_itm_never_takes_a_text_of_the_same_words(
     metrics = {m.name: m for m in evaluate_itm(model, tokenizer, pairs)}
     kinds = ("auc_random", "ap_random", "auc_hard", "ap_hard")
     assert list(metrics) == [f"itm_{kind}" for kind in kinds]
-    assert all(0.0 <= m.value <= 1.0 and m.n == 4 for m in metrics.values())
+    assert all(0.0 <= m.low <= m.value <= m.high <= 1.0 and m.n == 4 for m in metrics.values())
+
+
+def test_evaluate_itm_ranks_true_pairs_by_the_margin_of_their_logits(
+    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor, texts: list[str]
+) -> None:
+    pairs = encode_pairs(model, tokenizer, [pixel_values], [[text] for text in texts])
+    swapped = [*texts[1:], texts[0]]
+    found = {m.name: m for m in evaluate_itm(model, tokenizer, pairs, swapped_texts=swapped)}
+    true, wrong = (
+        match_logits(model, tokenizer, pairs, range(16), said).diff(dim=1)[:, 0].double().numpy()
+        for said in (texts, swapped)
+    )
+    assert found["itm_auc_swapped"].value == pytest.approx(itm_auc(true, wrong))
+    assert found["itm_ap_swapped"].value == pytest.approx(average_precision(true, wrong))
+    with torch.no_grad():
+        model.itm_head.weight.mul_(1e4)  # so sure that probabilities would all be 0 or 1
+    sure = {m.name: m for m in evaluate_itm(model, tokenizer, pairs, swapped_texts=swapped)}
+    assert sure["itm_auc_swapped"].value == pytest.approx(found["itm_auc_swapped"].value, abs=0.02)
 
 
 def test_evaluate_itm_leaves_out_what_has_no_negative(
@@ -118,20 +173,3 @@ def test_evaluate_itm_leaves_out_what_has_no_negative(
     pairs = encode_pairs(model, tokenizer, [pixel_values[:2]], [["a red ring"], ["a red ring"]])
     swapped = evaluate_itm(model, tokenizer, pairs, swapped_texts=["a blue ring", "a red cross"])
     assert [metric.name for metric in swapped] == ["itm_auc_swapped", "itm_ap_swapped"]
-
-
-def test_encode_pairs_names_a_mismatch(
-    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor
-) -> None:
-    with pytest.raises(ConfigError, match="2 images, but captions of 1 images"):
-        encode_pairs(model, tokenizer, [pixel_values[:2]], [["a"]])
-    with pytest.raises(ConfigError, match="no images"):
-        encode_pairs(model, tokenizer, [], [])
-
-
-def test_mean_metric_has_a_bootstrap_interval_of_the_right_width() -> None:
-    values = np.random.default_rng(1).normal(size=400)
-    metric = mean_metric("x", values)
-    half_width = 1.96 * values.std() / 20
-    assert (metric.high - metric.low) / 2 == pytest.approx(half_width, rel=0.15)
-    assert metric.low < metric.value < metric.high

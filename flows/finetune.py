@@ -1,0 +1,103 @@
+"""Finetuning a model of your own on captioned pictures, without a lake and without rounds.
+
+It is the cycle's own training: the pictures are packed into a lake below the result, which is
+removed when the model is there. The same call after a kill goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from blip_core import MED, LoadedModel, MEDTokenizer, load_model, save_model
+from blip_core.hf import require_layout
+from blip_core.med import Layout
+from flows.errors import SettingsError
+from flows.export import LAYOUTS, require_free, write_folder
+from flows.session import Run
+from flows.settings import BootstrapSettings
+from flows.steps.plans import HUMAN_SQL
+from flows.steps.train import Objective, TrainPlan, train_model
+from storage import CaptionSetConfig, Lake, ModelRef, ingest_captions, local_folder, registry
+
+OBJECTIVES: dict[str, tuple[Objective, ...]] = {"captioner": ("lm",), "filter": ("itc", "itm")}
+WORK = "work"
+"""Folder below the result that holds what is unfinished."""
+
+
+def finetune(
+    model: str,
+    captions: Path,
+    images: Path,
+    out: Path,
+    settings: BootstrapSettings,
+    *,
+    role: Literal["captioner", "filter"] = "captioner",
+    layout: Layout | None = None,
+    on_progress: Callable[[int, int, str], None],
+) -> None:
+    """Finetune on a captions file and its pictures, with the settings' section of `role`.
+
+    `model` is anything that `MED.from_pretrained` reads. `out` gets the finetuned one.
+
+    Raises:
+        SettingsError: `out` holds a model already, or no tokenizer is known.
+        ConfigError: the model lacks a head that is trained, or the layout cannot hold it.
+    """
+    require_free(out)
+    layout = layout or LAYOUTS[role]
+    start = _start(model, settings)
+    for objective in OBJECTIVES[role]:
+        start.model.require_head(objective, f"finetuning a {role}")
+    require_layout(start.model, layout)
+    work = out / WORK
+    lake = Lake.open(str(work), create=True)
+    machine = {"lake": str(work), "scratch": None, "on_stale": "rebuild"}
+    run = Run(lake, settings.with_changes({"machine": machine}), 1)
+    with lake.lock("finetune"):
+        config = CaptionSetConfig(
+            captions=str(captions), images=str(images), pool="human", name="finetune"
+        )
+        ingest_captions(lake, config, on_stale=run.on_stale)
+        ref, _ = train_model(run, _plan(run, role, _registered(lake, start, model)), on_progress)
+        finetuned = load_model(local_folder(lake, ref))
+    write_folder(finetuned, out, layout, settings.model.pixel_stats)
+    shutil.rmtree(work)
+
+
+def _start(model: str, settings: BootstrapSettings) -> LoadedModel:
+    """The given model with its own tokenizer; that of the settings where it has none."""
+    tokenizer = model
+    if Path(model).suffix in (".pth", ".pt"):
+        tokenizer = settings.model.tokenizer
+        if tokenizer == "train":
+            raise SettingsError(
+                f"{model} has no tokenizer: give model.tokenizer, such as bert-base-uncased"
+            )
+    return LoadedModel(
+        MED.from_pretrained(model), MEDTokenizer.from_pretrained(tokenizer), model_id=""
+    )
+
+
+def _registered(lake: Lake, start: LoadedModel, name: str) -> ModelRef:
+    """The start as the work lake's model of round 0, which a plan can have as its parent."""
+    folder = lake.scratch("start")
+    save_model(start.model, start.tokenizer, folder)
+    return registry.register(
+        lake, folder, role="med", round=0, parent_id=None, trained_on=None, config={"from": name}
+    )
+
+
+def _plan(run: Run, role: Literal["captioner", "filter"], start: ModelRef) -> TrainPlan:
+    return TrainPlan(
+        name=role,
+        role=role,
+        round=run.round,
+        sql=HUMAN_SQL,
+        objectives=OBJECTIVES[role],
+        parent=start,
+        tokenizer_of=start,
+        settings=run.settings.captioner if role == "captioner" else run.settings.filter,
+    )
