@@ -22,7 +22,8 @@ def init_from_bert(
 ) -> None:
     """Copy a Hugging Face BERT folder (config.json, model.safetensors) into `text`.
 
-    BERT's shape must be the configuration's, its vocabulary no larger and its positions no fewer. With
+    BERT's shape must be the configuration's, its vocabulary no larger, its positions and layers no fewer; of
+    more layers the first are taken. With
     `lm_head`, BERT's masked-LM head is copied too where the folder has one. Raises CheckpointError.
     """
     folder = Path(folder)
@@ -53,7 +54,6 @@ def _check_shape(folder: Path, config: TextConfig) -> None:
         raise CheckpointError(f"{folder} is not a BERT folder: config.json: {err}") from err
     for ours, key in (
         ("width", "hidden_size"),
-        ("depth", "num_hidden_layers"),
         ("num_heads", "num_attention_heads"),
         ("ffn_width", "intermediate_size"),
     ):
@@ -62,6 +62,11 @@ def _check_shape(folder: Path, config: TextConfig) -> None:
                 f"BERT in {folder} has {key} {theirs.get(key)}, but text.{ours} is "
                 f"{getattr(config, ours)}: choose a configuration of the same shape"
             )
+    if config.depth > theirs.get("num_hidden_layers", 0):
+        raise CheckpointError(
+            f"BERT in {folder} has num_hidden_layers {theirs.get('num_hidden_layers')}, but text.depth is "
+            f"{config.depth}: choose a configuration with no more layers"
+        )
 
 
 def _read(folder: Path) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from blip_core.config import require
-from blip_core.evaluation import Metric, mean_metric
+from blip_core.intervals import Metric, Statistic, mean_metric, measured
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,9 @@ def caption_metrics(
     """Return cider, bleu4, rouge_l and, with Java, meteor of one caption per image.
 
     Both mappings have image ids as keys, the same ones; an image needs at least one reference. CIDEr is on
-    pycocoevalcap's scale, on which 1.0 is what papers print as 100. CIDEr and ROUGE-L, which are means over
-    images, have bootstrap intervals.
+    pycocoevalcap's scale, on which 1.0 is what papers print as 100. Intervals come from resampled images: of
+    means for CIDEr (word weights as they are) and ROUGE-L, of the corpus for BLEU-4; METEOR's own figure is
+    not a mean, and has the interval of the mean of its scores of images, shifted to that figure.
     """
     require(bool(captions), "there are no captions to evaluate")
     absent = sorted(set(captions) ^ set(references))
@@ -48,18 +49,42 @@ def _joined(text: str) -> str:
 
 
 def _python_metrics(truths: dict[str, list[str]], results: dict[str, list[str]]) -> list[Metric]:
-    from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
     _, per_image_cider = Cider().compute_score(truths, results)
-    bleu, _ = Bleu(4).compute_score(truths, results, verbose=0)
     _, per_image_rouge = Rouge().compute_score(truths, results)
     return [
         mean_metric("cider", np.asarray(per_image_cider, dtype=np.float64)),
-        Metric("bleu4", float(bleu[3]), len(results)),
+        measured("bleu4", _corpus_bleu4(truths, results), len(results)),
         mean_metric("rouge_l", np.asarray(per_image_rouge, dtype=np.float64)),
     ]
+
+
+def _corpus_bleu4(truths: dict[str, list[str]], results: dict[str, list[str]]) -> Statistic:
+    """BLEU-4 of the drawn images as one corpus, from pycocoevalcap's counts of each."""
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+
+    scorer = BleuScorer(n=4)
+    for image, (text,) in results.items():
+        scorer += (text, truths[image])
+    tested = np.array([counts["testlen"] for counts in scorer.ctest], dtype=np.float64)
+    closest = [
+        min((abs(length - counts["testlen"]), length) for length in counts["reflen"])[1]
+        for counts in scorer.ctest
+    ]
+    referred = np.array(closest, dtype=np.float64)
+    right = np.array([counts["correct"] for counts in scorer.ctest], dtype=np.float64)
+    guessed = np.array([counts["guess"] for counts in scorer.ctest], dtype=np.float64)
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        precision = (weights @ right + 1e-15) / (weights @ guessed + 1e-9)  # (R, 4)
+        ratio = (weights @ tested + 1e-15) / (weights @ referred + 1e-9)
+        brevity = np.exp(np.minimum(0.0, 1.0 - 1.0 / ratio))
+        bleu: np.ndarray = np.prod(precision, axis=1) ** 0.25 * brevity
+        return bleu
+
+    return statistic
 
 
 def _meteor(truths: dict[str, list[str]], results: dict[str, list[str]]) -> list[Metric]:
@@ -80,4 +105,6 @@ def _meteor(truths: dict[str, list[str]], results: dict[str, list[str]]) -> list
         process.wait()
         for stream in (process.stdin, process.stdout, process.stderr):
             stream.close()
-    return [Metric("meteor", float(value), len(per_image))]
+    scores = np.asarray(per_image, dtype=np.float64)
+    shift = float(value) - scores.mean()
+    return [mean_metric("meteor", scores + shift)]

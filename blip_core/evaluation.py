@@ -1,109 +1,25 @@
 """Retrieval and matching on held-out pairs (BLIP, sections 5.1 and 3.2).
 
-Dimension key: I images, T texts, B batch, P image tokens, L text tokens, D width, E shared width, N pairs.
+Dimension key: I images, T texts, N pairs, R resamples.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from blip_core.config import require
+from blip_core.intervals import Metric, auc_metric, measured, precision_metric, weighted_mean
 from blip_core.med import MED
-from blip_core.tokenizer import MEDTokenizer, clean_caption
+from blip_core.pairs import EncodedPairs, match_logits
+from blip_core.tokenizer import MEDTokenizer
 
 RECALL_AT = (1, 5, 10)
-_PAIR_BATCH = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """One figure, what it rests on, and its 95 % bootstrap interval where one was computed."""
-
-    name: str
-    value: float
-    n: int
-    """Images, texts or pairs that the figure is a mean over."""
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedPairs:
-    """A held-out set, encoded once for every evaluation; on the CPU."""
-
-    image_embeds: Tensor
-    """(I, P, D)."""
-    image_features: Tensor
-    """(I, E), L2-normalised."""
-    text_features: Tensor
-    """(T, E), L2-normalised."""
-    texts: list[str]
-    """T cleaned texts."""
-    text_image_index: Tensor
-    """(T,) int64: the image that a text describes."""
-
-
-@torch.inference_mode()
-def encode_pairs(
-    model: MED,
-    tokenizer: MEDTokenizer,
-    images: Iterable[Tensor],
-    captions: Sequence[Sequence[str]],
-    *,
-    device: torch.device | str = "cpu",
-    max_text_tokens: int = 35,
-) -> EncodedPairs:
-    """Encode batches of pixel values (B, 3, S, S) and the captions of every image, in the same order."""
-    model = model.to(device).eval()
-    embeds = [model.encode_image(pixel_values.to(device)) for pixel_values in images]
-    require(bool(embeds), "there are no images to evaluate on")
-    num_images = sum(len(batch) for batch in embeds)
-    require(
-        num_images == len(captions), f"{num_images} images, but captions of {len(captions)} images"
-    )
-    texts = [clean_caption(text) for of_image in captions for text in of_image]
-    require(bool(texts), "there are no captions to evaluate on")
-    features = []
-    for start in range(0, len(texts), _PAIR_BATCH):
-        chunk = texts[start : start + _PAIR_BATCH]
-        tokens = tokenizer.encode(chunk, max_text_tokens).to(device)
-        features.append(model.text_features(tokens.input_ids, tokens.attention_mask).float().cpu())
-    index = [image for image, of_image in enumerate(captions) for _ in of_image]
-    return EncodedPairs(
-        image_embeds=torch.cat([batch.cpu() for batch in embeds]),
-        image_features=torch.cat([model.image_features(batch).float().cpu() for batch in embeds]),
-        text_features=torch.cat(features),
-        texts=texts,
-        text_image_index=torch.tensor(index),
-    )
-
-
-@torch.inference_mode()
-def match_logits(
-    model: MED,
-    tokenizer: MEDTokenizer,
-    pairs: EncodedPairs,
-    image_rows: Sequence[int],
-    texts: Sequence[str],
-    *,
-    max_text_tokens: int = 35,
-) -> Tensor:
-    """Return ITM logits (N, 2) of images `image_rows` with `texts`, both of length N; on the CPU."""
-    parts = [torch.zeros(0, 2)]
-    for start in range(0, len(texts), _PAIR_BATCH):
-        rows = torch.tensor(list(image_rows[start : start + _PAIR_BATCH]))
-        chunk = [clean_caption(text) for text in texts[start : start + _PAIR_BATCH]]
-        tokens = tokenizer.encode(chunk, max_text_tokens).to(model.device)
-        logits = model.itm_logits(
-            pairs.image_embeds[rows].to(model.device),
-            tokenizer.encoder_ids(tokens.input_ids),
-            tokens.attention_mask,
-        )
-        parts.append(logits.float().cpu())
-    return torch.cat(parts)
+NEVER = torch.iinfo(torch.int64).max
+"""The rank of an image without a text."""
+_RANKED = 512
+"""Rows or columns that are ranked at once."""
 
 
 def retrieval_recalls(sim: Tensor, text_image_index: Tensor) -> dict[str, float]:
@@ -120,19 +36,26 @@ def retrieval_recalls(sim: Tensor, text_image_index: Tensor) -> dict[str, float]
 def retrieval_ranks(sim: Tensor, text_image_index: Tensor) -> tuple[Tensor, Tensor]:
     """Return 0-based ranks: of every image's best own text (I,), of every text's image (T,).
 
-    An image without a text gets rank T, which is never found.
+    An image without a text gets `NEVER`.
     """
     num_images, num_texts = sim.shape
-    image_ranks = torch.full((num_images,), num_texts)
-    text_ranks = torch.empty(num_texts, dtype=torch.int64)
     text_order, image_order = torch.arange(num_texts), torch.arange(num_images)
-    for text, image in enumerate(text_image_index.tolist()):
-        own = sim[image, text]
-        row, column = sim[image], sim[:, text]
-        ahead = int(((row > own) | ((row == own) & (text_order < text))).sum())
-        image_ranks[image] = min(int(image_ranks[image]), ahead)
-        text_ranks[text] = int(((column > own) | ((column == own) & (image_order < image))).sum())
-    return image_ranks, text_ranks
+    own = sim[text_image_index, text_order]
+    best = torch.full((num_images,), -torch.inf).scatter_reduce(0, text_image_index, own, "amax")
+    place = torch.where(own == best[text_image_index], text_order, num_texts)
+    first = torch.full((num_images,), num_texts).scatter_reduce(0, text_image_index, place, "amin")
+    image_ranks, text_ranks = [], []
+    for start in range(0, num_images, _RANKED):
+        rows = image_order[start : start + _RANKED]
+        mine, score = best[rows, None], sim[rows]
+        ahead = (score > mine) | ((score == mine) & (text_order < first[rows, None]))
+        image_ranks.append(torch.where(first[rows] < num_texts, ahead.sum(dim=1), NEVER))
+    for start in range(0, num_texts, _RANKED):
+        columns = text_order[start : start + _RANKED]
+        mine, score = own[columns], sim[:, columns]
+        is_earlier = image_order[:, None] < text_image_index[columns]
+        text_ranks.append(((score > mine) | ((score == mine) & is_earlier)).sum(dim=0))
+    return torch.cat(image_ranks), torch.cat(text_ranks)
 
 
 def rerank(
@@ -140,42 +63,56 @@ def rerank(
 ) -> tuple[Tensor, Tensor]:
     """Return similarities (I, T) re-ranked by matching: per image its top k texts, per text its top k images.
 
-    A candidate gets its match logit plus its cosine, as the reference does; all others rank below, in the
-    order of their cosines.
+    A candidate gets its match logit plus its cosine, as the authors' evaluation does; all others rank below,
+    in the order of their cosines.
     """
     num_images, num_texts = sim.shape
-    by_image, by_text = sim - 1e4, sim - 1e4
     top_texts = sim.topk(min(k, num_texts), dim=1).indices
     top_images = sim.topk(min(k, num_images), dim=0).indices
-    image_rows = torch.arange(num_images)[:, None].expand_as(top_texts).flatten()
-    text_rows = torch.arange(num_texts)[None, :].expand_as(top_images).flatten()
-    for target, images, texts in (
-        (by_image, image_rows, top_texts.flatten()),
-        (by_text, top_images.flatten(), text_rows),
-    ):
-        words = [pairs.texts[index] for index in texts.tolist()]
-        match = match_logits(model, tokenizer, pairs, images.tolist(), words)[:, 1]
-        target[images, texts] = match + sim[images, texts]
+    images = torch.cat(
+        [torch.arange(num_images).repeat_interleave(top_texts.shape[1]), top_images.flatten()]
+    )
+    texts = torch.cat([top_texts.flatten(), torch.arange(num_texts).repeat(top_images.shape[0])])
+    words = [pairs.texts[text] for text in texts.tolist()]
+    scores = match_logits(model, tokenizer, pairs, images.tolist(), words)[:, 1]
+    scores = scores + sim[images, texts]
+    below = sim.max() - scores.min() + 1.0  # just enough: a large number would round cosines away
+    by_image, by_text = sim - below, sim - below
+    num_first = top_texts.numel()
+    by_image[images[:num_first], texts[:num_first]] = scores[:num_first]
+    by_text[images[num_first:], texts[num_first:]] = scores[num_first:]
     return by_image, by_text
 
 
 def evaluate_retrieval(
     model: MED, tokenizer: MEDTokenizer, pairs: EncodedPairs, *, rerank_k: int = 0
 ) -> list[Metric]:
-    """Return recalls at 1, 5, 10 in both directions and their mean; `rerank_k` 0 ranks by cosine alone."""
+    """Return recalls at 1, 5, 10 in both directions and their mean; `rerank_k` 0 ranks by cosine alone.
+
+    Intervals are over images: a text is drawn with its image.
+    """
     sim = pairs.image_features @ pairs.text_features.T
     by_image, by_text = sim, sim
     if rerank_k:
         by_image, by_text = rerank(model, tokenizer, pairs, sim, rerank_k)
     image_ranks, _ = retrieval_ranks(by_image, pairs.text_image_index)
     _, text_ranks = retrieval_ranks(by_text, pairs.text_image_index)
-    metrics = []
-    for name, ranks in (("i2t", image_ranks), ("t2i", text_ranks)):
+    num_images, of_text = len(image_ranks), pairs.text_image_index.numpy()
+    metrics, recalls = [], []
+    for name, ranks, images in (
+        ("i2t", image_ranks, np.arange(num_images)),
+        ("t2i", text_ranks, of_text),
+    ):
         for k in RECALL_AT:
-            hits = (ranks < k).double().numpy()
-            metrics.append(mean_metric(f"{name}_r{k}", hits))
-    mean = sum(metric.value for metric in metrics) / len(metrics)
-    return [*metrics, Metric("mean_recall", mean, len(image_ranks))]
+            recall = weighted_mean((ranks < k).double().numpy(), images, num_images)
+            metrics.append(measured(f"{name}_r{k}", recall, num_images, n=len(ranks)))
+            recalls.append(recall)
+
+    def mean_recall(weights: np.ndarray) -> np.ndarray:
+        mean: np.ndarray = np.mean([recall(weights) for recall in recalls], axis=0)
+        return mean
+
+    return [*metrics, measured("mean_recall", mean_recall, num_images)]
 
 
 def evaluate_itm(
@@ -186,9 +123,10 @@ def evaluate_itm(
     seed: int = 0,
     swapped_texts: Sequence[str] | None = None,
 ) -> list[Metric]:
-    """Return the AUC of telling every true pair from a wrong text of the same image.
+    """Return AUC and average precision of telling every true pair from a wrong text of the same image.
 
-    `itm_auc_random` takes another image's text at random, `itm_auc_hard` the most similar one by cosine;
+    There are as many wrong pairs as true ones, so that average precision starts at a half. `itm_auc_random`
+    (and `itm_ap_random`) takes another image's text at random, `itm_auc_hard` the most similar one by cosine;
     neither is a text of the same words. `itm_auc_swapped` takes `swapped_texts`, one per text of `pairs`,
     where the caller has such.
     """
@@ -203,58 +141,26 @@ def evaluate_itm(
             f"{len(swapped_texts)} swapped_texts, but {len(images)} texts",
         )
         candidates["swapped"] = list(swapped_texts)
-    true = _match_prob(model, tokenizer, pairs, images, pairs.texts)
+    usable = {
+        name: [index for index, text in enumerate(texts) if text is not None]
+        for name, texts in candidates.items()
+    }
+    rows, words = list(images), list(pairs.texts)
+    for name, indices in usable.items():
+        rows += [images[index] for index in indices]
+        words += [candidates[name][index] or "" for index in indices]
+    logits = match_logits(model, tokenizer, pairs, rows, words).double().numpy()
+    true, *wrongs = np.split(
+        logits[:, 1] - logits[:, 0],
+        np.cumsum([len(images), *map(len, usable.values())])[:-1],
+    )
     metrics = []
-    for name, texts in candidates.items():
-        usable = [index for index, text in enumerate(texts) if text is not None]
-        wrong = _match_prob(
-            model, tokenizer, pairs, [images[i] for i in usable], [texts[i] or "" for i in usable]
-        )
-        if usable:
-            metrics.append(auc_metric(f"itm_auc_{name}", true[usable], wrong))
+    for (name, indices), wrong in zip(usable.items(), wrongs, strict=True):
+        if indices:
+            of_pair = np.asarray(images)[indices]
+            metrics.append(auc_metric(f"itm_auc_{name}", true[indices], wrong, of_pair))
+            metrics.append(precision_metric(f"itm_ap_{name}", true[indices], wrong, of_pair))
     return metrics
-
-
-def itm_auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Return the probability that a positive (N,) is above a negative (M,); equal values count half."""
-    values = np.concatenate([positive, negative])
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    mean_ranks = np.cumsum(counts) - (counts - 1) / 2.0  # 1-based, the mean over equal values
-    rank_sum = float(mean_ranks[inverse[: len(positive)]].sum())
-    above = rank_sum - len(positive) * (len(positive) + 1) / 2.0
-    return above / (len(positive) * len(negative))
-
-
-def mean_metric(name: str, values: np.ndarray, *, num_resamples: int = 1000) -> Metric:
-    """Return the mean of values (n,) with its bootstrap interval."""
-    rng = np.random.default_rng(0)
-    drawn = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(num_resamples)]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Metric(name, float(values.mean()), len(values), float(low), float(high))
-
-
-def auc_metric(
-    name: str, positive: np.ndarray, negative: np.ndarray, *, num_resamples: int = 200
-) -> Metric:
-    """Return the AUC of paired values (n,) and (n,) with its bootstrap interval over pairs."""
-    rng = np.random.default_rng(0)
-    drawn = []
-    for _ in range(num_resamples):
-        rows = rng.integers(0, len(positive), len(positive))
-        drawn.append(itm_auc(positive[rows], negative[rows]))
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return Metric(name, itm_auc(positive, negative), len(positive), float(low), float(high))
-
-
-def _match_prob(
-    model: MED,
-    tokenizer: MEDTokenizer,
-    pairs: EncodedPairs,
-    images: Sequence[int],
-    texts: Sequence[str],
-) -> np.ndarray:
-    logits = match_logits(model, tokenizer, pairs, images, texts)
-    return (logits[:, 1] - logits[:, 0]).double().sigmoid().numpy()
 
 
 def _random_negatives(pairs: EncodedPairs, seed: int) -> Iterator[str | None]:

@@ -161,11 +161,17 @@ class MED(nn.Module):
         return self.itm_logits_from_kv(image_kv, encoder_input_ids, text_attention_mask)
 
     def itm_logits_from_kv(
-        self, image_kv: list[KeyValue], encoder_input_ids: Tensor, text_attention_mask: Tensor
+        self,
+        image_kv: list[KeyValue],
+        encoder_input_ids: Tensor,
+        text_attention_mask: Tensor,
+        *,
+        extra_kv: list[KeyValue] | None = None,
     ) -> Tensor:
         """As `itm_logits`, from `project_image` rows selected by `select_images`.
 
         With B rows for N texts, N a multiple of B, every image has N / B texts that follow each other.
+        `extra_kv` (M rows) are the images of M texts more, one each, which come last.
         """
         self.require_head("itm", "itm_logits")
         self._require_fits(encoder_input_ids)
@@ -174,6 +180,7 @@ class MED(nn.Module):
             text_attention_mask,
             mode="fused",
             image_kv=image_kv,
+            extra_kv=extra_kv,
             first_only=True,
         )
         logits: Tensor = self.itm_head(fused_embeds[:, 0])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from blip_core.config import require
 from blip_core.med import MED
+from blip_core.vision import encode_cls
 
 
 class FeatureQueue(nn.Module):
@@ -122,10 +123,12 @@ class MomentumEncoders(nn.Module):
         """
         if image_embeds is None:
             assert pixel_values is not None
-            image_embeds = self.vision.forward_features(pixel_values)
+            cls_embeds = encode_cls(self.vision, pixel_values)
+        else:
+            cls_embeds = image_embeds[:, 0]
         text_embeds = self.text(text_input_ids, text_attention_mask, mode="text", first_only=True)
         return (
-            F.normalize(self.vision_proj(image_embeds[:, 0]), dim=-1),
+            F.normalize(self.vision_proj(cls_embeds), dim=-1),
             F.normalize(self.text_proj(text_embeds[:, 0]), dim=-1),
         )
 

@@ -3,7 +3,7 @@
 The image is encoded once and its cross-attention keys and values are projected once; matching (positives and
 negatives in one pass) and language modelling both read them.
 
-Dimension key: B batch, P image tokens, L text tokens, S image side, N = 3 B matching pairs.
+Dimension key: B batch, P image tokens, L text tokens, S image side.
 """
 
 import hashlib
@@ -192,7 +192,7 @@ def compute_losses(
             generator=ranks.generator,
         )
         pairs = _pairs(model, inputs, image_embeds, image_kv, negatives, ranks)
-        _match(model, pairs, losses)
+        _match(model, image_kv, pairs, losses)
     if "lm" in objectives:
         losses.loss_lm = lm_weight * _language(model, inputs, image_kv, label_smoothing)
     for loss in (losses.loss_itc, losses.loss_itm, losses.loss_lm):
@@ -263,14 +263,16 @@ def _contrast(
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """What the matching head judges: B true pairs, then the hard ones."""
+    """What the matching head judges: each image with its own text and a hard one, then each text's hard image."""
 
-    image_kv: list[KeyValue]
+    extra_kv: list[KeyValue]
+    """Keys and values of the hard images, B rows."""
     encoder_input_ids: Tensor
-    """(N, L)."""
+    """(3 B, L): own, hard, own, hard, ...; then the own texts again."""
     attention_mask: Tensor
-    """(N, L)."""
-    num_positive: int
+    """(3 B, L)."""
+    labels: Tensor
+    """(3 B,): 1 = match; IGNORED where an image has no hard text, or a text no hard image."""
 
 
 def _pairs(
@@ -281,52 +283,47 @@ def _pairs(
     negatives: Negatives,
     ranks: Ranks,
 ) -> _Pairs:
-    """Put every true pair, every text with a hard image and every image with a hard text together."""
+    """Put every text with its image, every image with a hard text and every text with a hard image together."""
     ids, mask = inputs.encoder_input_ids, inputs.tokens.attention_mask
-    own = torch.arange(len(ids), device=ids.device)
-    hard_images = negatives.images[negatives.has_image]
-    hard_texts = negatives.texts[negatives.has_text]
-    with_hard_text = own[negatives.has_text]
     if ranks.world.size == 1 or not ranks.negatives_from_all:
-        rows = torch.cat([own, hard_images, with_hard_text])
-        kv = select_images(image_kv, rows)
+        extra_kv = select_images(image_kv, negatives.images)
         all_ids, all_masks = ids, mask
     else:  # keys and values of the drawn images alone, from embeddings of all ranks
         everywhere = ranks.world.gather_with_grad(image_embeds)
-        hard_kv = model.project_image(everywhere[hard_images])
-        true_kv = select_images(image_kv, torch.cat([own, with_hard_text]))
-        kv = [_spliced(true, hard, len(own)) for true, hard in zip(true_kv, hard_kv, strict=True)]
+        extra_kv = model.project_image(everywhere[negatives.images])
         all_ids = ranks.world.gather_padded(ids, 0)
         all_masks = ranks.world.gather_padded(mask, 0)
         ids, mask = (F.pad(each, (0, all_ids.shape[1] - each.shape[1])) for each in (ids, mask))
-    with_hard_image = own[negatives.has_image]
+    hard_ids, hard_masks = all_ids[negatives.texts], all_masks[negatives.texts]
+    match = torch.ones_like(negatives.texts)
+    no_match = torch.where(negatives.has_text, 0, IGNORED)
     return _Pairs(
-        image_kv=kv,
-        encoder_input_ids=torch.cat([ids, ids[with_hard_image], all_ids[hard_texts]]),
-        attention_mask=torch.cat([mask, mask[with_hard_image], all_masks[hard_texts]]),
-        num_positive=len(own),
+        extra_kv=extra_kv,
+        encoder_input_ids=torch.cat([torch.stack([ids, hard_ids], dim=1).flatten(0, 1), ids]),
+        attention_mask=torch.cat([torch.stack([mask, hard_masks], dim=1).flatten(0, 1), mask]),
+        labels=torch.cat(
+            [
+                torch.stack([match, no_match], dim=1).flatten(),
+                torch.where(negatives.has_image, 0, IGNORED),
+            ]
+        ),
     )
 
 
-def _spliced(true: KeyValue, hard: KeyValue, at: int) -> KeyValue:
-    """Put the rows of `hard` into those of `true` at row `at`."""
-    key, value = (torch.cat([t[:at], h, t[at:]]) for t, h in zip(true, hard, strict=True))
-    return key, value
-
-
-def _match(model: MED, pairs: _Pairs, losses: Losses) -> None:
+def _match(model: MED, image_kv: list[KeyValue], pairs: _Pairs, losses: Losses) -> None:
     """Fill in `loss_itm` and how often the head is right."""
     logits = model.itm_logits_from_kv(
-        pairs.image_kv, pairs.encoder_input_ids, pairs.attention_mask
+        image_kv, pairs.encoder_input_ids, pairs.attention_mask, extra_kv=pairs.extra_kv
     ).float()
-    rows = torch.arange(len(logits), device=logits.device)
-    labels = (rows < pairs.num_positive).long()
+    labels = pairs.labels
     losses.loss_itm = itm_loss(logits, labels)
     is_right = (logits.argmax(dim=1) == labels).float()
-    losses.itm_accuracy = is_right.mean()
-    num_negative = max(1, len(labels) - pairs.num_positive)  # 0 right of 0 is 0
-    losses.itm_accuracy_positive = is_right[: pairs.num_positive].mean()
-    losses.itm_accuracy_negative = is_right[pairs.num_positive :].sum() / num_negative
+    is_positive, is_negative = (labels == 1).float(), (labels == 0).float()
+    num_positive, num_negative = is_positive.sum(), is_negative.sum()
+    losses.itm_accuracy = is_right.sum() / (num_positive + num_negative)
+    losses.itm_accuracy_positive = (is_right * is_positive).sum() / num_positive
+    negative_right = (is_right * is_negative).sum()
+    losses.itm_accuracy_negative = negative_right / num_negative.clamp(min=1)  # 0 right of 0 is 0
 
 
 def _language(
@@ -335,9 +332,13 @@ def _language(
     """Return `loss_lm` (). Only supervised positions pass the head: the vocabulary is its whole cost."""
     tokens = inputs.lm_tokens
     labels = lm_labels(tokens.input_ids, tokens.attention_mask, inputs.num_prompt_tokens)[:, 1:]
-    hidden = model.text(tokens.input_ids, tokens.attention_mask, mode="causal", image_kv=image_kv)
+    seen, mask = (
+        tokens.input_ids[:, :-1],
+        tokens.attention_mask[:, :-1],
+    )  # the last predicts nothing
+    hidden = model.text(seen, mask, mode="causal", image_kv=image_kv)
     is_supervised = labels != IGNORED
-    logits = model.lm_head(hidden[:, :-1][is_supervised], model.text.word_embeddings.weight)
+    logits = model.lm_head(hidden[is_supervised], model.text.word_embeddings.weight)
     return token_loss(logits.float(), labels[is_supervised], label_smoothing=label_smoothing)
 
 

@@ -107,11 +107,11 @@ class Stepper:
                 (losses.total / len(micro)).backward()  # type: ignore[no-untyped-call]
             losses.total = losses.total.detach()
             done.append(losses)
-        grad_norm = self._clip()
+        grad_norm = self._grad_norm()
         if not all_finite(world, grad_norm, *(losses.total for losses in done)):
             self.optimizer.zero_grad(set_to_none=True)
             return None
-        self.optimizer.step()
+        self._update(grad_norm)
         for losses in done:
             if self.momentum is not None and losses.enqueue is not None:
                 self.momentum.queue.enqueue(*losses.enqueue)
@@ -148,11 +148,22 @@ class Stepper:
             )
         return StepInputs.from_batch(batch, self._tokenizer, config.prompt, config.max_text_tokens)
 
-    def _clip(self) -> Tensor:
-        """Clip gradients where asked; returns their norm () before that."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+    def _grad_norm(self) -> Tensor:
+        """Return the norm () of all gradients."""
+        return nn.utils.get_total_norm(
+            [p.grad for p in self.model.parameters() if p.grad is not None]
+        )
+
+    def _update(self, grad_norm: Tensor) -> None:
+        """Do the optimizer's step with gradients clipped where asked.
+
+        The fused optimizer divides gradients by `grad_scale` while it reads them anyway; clipping by itself
+        would read and write all of them once more.
+        """
         limit = self.config.grad_clip_norm
-        return nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+        if limit is not None:
+            self.optimizer.grad_scale = ((grad_norm + 1e-6) / limit).clamp(min=1.0)  # type: ignore[attr-defined]
+        self.optimizer.step()
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:

@@ -109,21 +109,30 @@ class CrossAttention(nn.Module):
         key, value = kv.permute(2, 0, 3, 1, 4).unbind(0)
         return key, value
 
-    def forward(self, hidden: Tensor, image_kv: KeyValue) -> Tensor:
+    def forward(
+        self, hidden: Tensor, image_kv: KeyValue, extra_kv: KeyValue | None = None
+    ) -> Tensor:
         """(N, L, D) -> (N, L, D); `image_kv` has N rows, or B rows when each image has N / B adjacent texts.
 
         The tokens of an image's texts then ask it together, so that its keys and values are not copied.
+        `extra_kv` has a row for each of the last texts, which `image_kv` then leaves out.
         """
-        num_rows, num_tokens, width = hidden.shape
-        num_images = image_kv[0].shape[0]
-        query = self.query(hidden).view(num_images, -1, self.num_heads, width // self.num_heads)
-        query = query.transpose(1, 2)
-        weight_dropout = self.dropout if self.training else 0.0
-        mixed = attend(query, *image_kv, None, dropout_p=weight_dropout)
-        mixed = self.output(mixed.transpose(1, 2).reshape(num_rows, num_tokens, width))
-        mixed = dropout(mixed, self.dropout, self.training)
+        query = self.query(hidden)
+        if extra_kv is None:
+            mixed = self._ask(query, image_kv)
+        else:
+            shared, extra = query.tensor_split([len(query) - len(extra_kv[0])])
+            mixed = torch.cat([self._ask(shared, image_kv), self._ask(extra, extra_kv)])
+        mixed = dropout(self.output(mixed), self.dropout, self.training)
         normed: Tensor = self.norm(hidden + mixed)
         return normed
+
+    def _ask(self, query: Tensor, image_kv: KeyValue) -> Tensor:
+        """(N, L, D) -> (N, L, D): attention of the texts to their images."""
+        heads = query.view(len(image_kv[0]), -1, self.num_heads, query.shape[-1] // self.num_heads)
+        weight_dropout = self.dropout if self.training else 0.0
+        mixed = attend(heads.transpose(1, 2), *image_kv, None, dropout_p=weight_dropout)
+        return mixed.transpose(1, 2).reshape(query.shape)
 
 
 class FeedForward(nn.Module):
@@ -167,6 +176,7 @@ class TextLayer(nn.Module):
         *,
         mode: Mode,
         image_kv: KeyValue | None,
+        extra_kv: KeyValue | None,
         past: KeyValue | None,
         first_only: bool,
     ) -> tuple[Tensor, KeyValue]:
@@ -174,7 +184,7 @@ class TextLayer(nn.Module):
         attention = self.decoder_attention if mode == "causal" else self.encoder_attention
         hidden, present = attention(hidden, mask, past, first_only=first_only)
         if image_kv is not None:
-            hidden = self.cross_attention(hidden, image_kv)
+            hidden = self.cross_attention(hidden, image_kv, extra_kv)
         return self.feed_forward(hidden), present
 
 
@@ -206,13 +216,15 @@ class TextTransformer(nn.Module):
         *,
         mode: Mode,
         image_kv: list[KeyValue] | None = None,
+        extra_kv: list[KeyValue] | None = None,
         cache: KVCache | None = None,
         first_only: bool = False,
     ) -> Tensor:
         """(B, L) ids -> (B, L, D) hidden states, or (B, 1, D) with `first_only`.
 
         `attention_mask` (B, L) is 1 for real tokens; None means that all are. `image_kv` comes from
-        `project_image` and is needed in every mode but "text". With `cache` (mode "causal") the ids are
+        `project_image` and is needed in every mode but "text"; `extra_kv` has the images of the last texts
+        where those of `image_kv` are not theirs. With `cache` (mode "causal") the ids are
         the next tokens only, and the cache grows. `first_only` spares the last layer all tokens but the
         first, for heads that read no other.
         """
@@ -229,10 +241,17 @@ class TextTransformer(nn.Module):
         present: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
             kv = image_kv[index] if image_kv is not None else None
+            extra = extra_kv[index] if extra_kv is not None else None
             past = cache.layers[index] if cache is not None and cache.layers else None
             is_last = index == len(self.layers) - 1
             hidden, grown = layer(
-                hidden, mask, mode=mode, image_kv=kv, past=past, first_only=first_only and is_last
+                hidden,
+                mask,
+                mode=mode,
+                image_kv=kv,
+                extra_kv=extra,
+                past=past,
+                first_only=first_only and is_last,
             )
             present.append(grown)
         if cache is not None:

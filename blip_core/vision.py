@@ -24,15 +24,20 @@ class VisionAttention(Attention):  # type: ignore[misc]
     """timm's attention, with the kernel that `attend` chooses."""
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        first_only: bool = False,
     ) -> Tensor:
-        """(B, P, D) -> (B, P, D); every token sees all."""
+        """(B, P, D) -> (B, P, D), or (B, 1, D) with `first_only`; every token sees all."""
         if attn_mask is not None or is_causal:
             raise ValueError("image tokens are not masked")
         num_rows, num_tokens, _ = x.shape
         qkv = self.qkv(x).view(num_rows, num_tokens, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = attend(query, key, value, None)
+        mixed = attend(query[:, :, :1] if first_only else query, key, value, None)
         projected: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return projected
 
@@ -97,6 +102,19 @@ def build_vision(config: VisionConfig) -> VisionTransformer:
     )
     _widen(vision.blocks, init_std(config.width) / init_std(768))
     return vision
+
+
+def encode_cls(vision: VisionTransformer, pixel_values: Tensor) -> Tensor:
+    """(B, 3, S, S) -> (B, D): what `forward_features` gives for CLS, the last block spared all other tokens."""
+    hidden = vision.norm_pre(vision.patch_drop(vision._pos_embed(vision.patch_embed(pixel_values))))
+    *blocks, last = vision.blocks
+    for block in blocks:
+        hidden = block(hidden)
+    mixed = last.attn(last.norm1(hidden), first_only=True)
+    first = hidden[:, :1] + last.drop_path1(last.ls1(mixed))
+    first = first + last.drop_path2(last.ls2(last.mlp(last.norm2(first))))
+    cls_embeds: Tensor = vision.norm(first)[:, 0]
+    return cls_embeds
 
 
 def _widen(blocks: nn.Module, factor: float) -> None:

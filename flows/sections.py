@@ -175,6 +175,8 @@ class ModelSettings(Section):
     """timm ViT weights to start from: a safetensors file, or the name of a pretrained timm model."""
     init_text: str | None = None
     """Hugging Face BERT folder to start from."""
+    text_depth: int | None = Field(default=None, ge=1)
+    """Layers of the text transformer; the preset's own when not given."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Of the text transformer; the preset's own when not given (0.1 in the paper)."""
     pixel_stats: Literal["clip", "imagenet"] = "clip"

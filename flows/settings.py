@@ -166,9 +166,8 @@ def train_basis(settings: TrainSettings) -> dict[str, Any]:
 def model_basis(settings: ModelSettings) -> dict[str, Any]:
     """What of the model's settings its weights depend on."""
     dumped = settings.model_dump(mode="json")
-    if dumped["dropout"] is None:  # younger than the first lakes: see TRAIN_ADDED_LATER
-        del dumped["dropout"]
-    return dumped
+    younger = ("dropout", "text_depth")  # than the first lakes: see TRAIN_ADDED_LATER
+    return {k: value for k, value in dumped.items() if k not in younger or value is not None}
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,12 +7,19 @@ a reason. `round` is also in the path of a part; readers use the column.
 import pyarrow as pa
 
 SCHEMA_VERSION = 1
-"""Written to lake.json; a lake of another version is refused."""
+"""Written to lake.json; a lake of another version is refused.
+
+A column that is only added leaves it as it is: older parts have null there (`ADDED_LATER`), and an
+older program does not ask for it.
+"""
 
 OK = "ok"
 
 SOURCES = ("web", "synthetic", "human")
 """Who proposed a caption: the alt text, a captioner, a person (T_w, T_s, T_h of the paper)."""
+
+PROTOCOLS = ("zero-shot", "finetuned")
+"""How a model met the held-out set: as it was pretrained, or finetuned for the task (paper, 5.1)."""
 
 POOLS = ("web", "human", "heldout")
 """What a pair may be used for: filtered, trusted, or only for evaluation."""
@@ -120,6 +127,7 @@ METRICS = pa.schema(
         _column("low", _FLOAT, "lower end of its 95 % interval"),
         _column("high", _FLOAT, "upper end of its 95 % interval"),
         _column("n", _INT, "cases behind it; the step for training curves"),
+        _column("protocol", _TEXT, "zero-shot or finetuned; null for training curves"),
     ]
 )
 
@@ -148,6 +156,9 @@ TABLES: dict[str, pa.Schema] = {
     "metrics": METRICS,
     "rounds": ROUNDS,
 }
+
+ADDED_LATER = {"metrics": ("protocol",)}
+"""Columns that parts of older lakes do not have; nullable."""
 
 
 def schema_of(table: str) -> pa.Schema:

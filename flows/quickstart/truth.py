@@ -8,10 +8,10 @@ from flows.quickstart.verdict import caption_truth
 from flows.quickstart.world import World
 from flows.session import Run
 from flows.steps.batches import rows_table
-from flows.steps.evaluate import DATASET, held_out, heldout_captions
+from flows.steps.evaluate import DATASET, PROTOCOL_OF, held_out, heldout_captions
 from storage import Clock, ModelRef, PartRef, basis_of, commit_part, committed_part
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 METRIC = "caption_truth"
 
 
@@ -49,6 +49,7 @@ def measure_truth(run: Run, ref: ModelRef, world: World) -> PartRef:
         "low": low,
         "high": high,
         "n": rate.n,
+        "protocol": PROTOCOL_OF[ref.role],
     }
     table = rows_table("metrics", [record])
     return commit_part(run.lake, "metrics", name, table, round=run.round, basis=basis, clock=clock)

@@ -92,6 +92,15 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Finetuned:
+    """One metric of the round's captioner or filter."""
+
+    metric: str
+    role: str
+    figure: Measured
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Arms:
     """The two models compared, and on what."""
 
@@ -169,6 +178,8 @@ class ReportFacts:
     funnel: tuple[FunnelStep, ...]
     noise: tuple[NoiseRow, ...]
     arms: Arms | None
+    finetuned: tuple[Finetuned, ...]
+    """Empty unless the settings ask for it (`evaluate.finetuned`)."""
     curves: tuple[Curve, ...]
     histograms: tuple[Histogram, ...]
     gallery: tuple[GalleryGroup, ...]

@@ -12,6 +12,7 @@ from flows.report.facts import (
     Arms,
     Comparison,
     Curve,
+    Finetuned,
     FunnelStep,
     Histogram,
     Loss,
@@ -57,7 +58,8 @@ def gather_facts(
         funnel=_funnel(connection, about),
         noise=tuple(NoiseRow(**row) for row in ask(connection, queries.NOISE, about)),
         arms=arms,
-        curves=_curves(connection, drawn),
+        finetuned=_finetuned(connection, round, models),
+        curves=_curves(connection, round, drawn),
         histograms=_histograms(connection, about),
         gallery=gather_gallery(connection, about, read_image, gallery_pairs),
         models=models,
@@ -191,9 +193,8 @@ def _arms(
     found: dict[str, dict[str, dict[str, Measured]]] = {}
     ids = {"models": [before.model_id, after.model_id]}
     for row in ask(connection, queries.MEASURED, ids):
-        measured = Measured(value=row["value"], low=row["low"], high=row["high"], n=row["n"])
         metrics = found.setdefault(row["dataset"], {})
-        metrics.setdefault(row["metric"], {})[row["model_id"]] = measured
+        metrics.setdefault(row["metric"], {})[row["model_id"]] = _figure(row)
     if not found:
         return None
     dataset = max(found, key=lambda name: len(found[name]))
@@ -210,9 +211,26 @@ def _arms(
     )
 
 
-def _curves(connection: duckdb.DuckDBPyConnection, models: list[str]) -> tuple[Curve, ...]:
+def _finetuned(
+    connection: duckdb.DuckDBPyConnection, round: int, models: tuple[ModelFacts, ...]
+) -> tuple[Finetuned, ...]:
+    roles = {model.model_id: model.role for model in models if model.role != "med"}
+    return tuple(
+        Finetuned(metric=row["metric"], role=roles[row["model_id"]], figure=_figure(row))
+        for row in ask(connection, queries.FINETUNED, {"round": round})
+        if row["model_id"] in roles
+    )
+
+
+def _figure(row: Mapping[str, Any]) -> Measured:
+    return Measured(value=row["value"], low=row["low"], high=row["high"], n=row["n"])
+
+
+def _curves(
+    connection: duckdb.DuckDBPyConnection, round: int, models: list[str]
+) -> tuple[Curve, ...]:
     points: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for row in ask(connection, queries.CURVES, {"models": models}):
+    for row in ask(connection, queries.CURVES, {"round": round, "models": models}):
         points.setdefault((row["run"], row["metric"]), []).append((row["step"], row["value"]))
     return tuple(
         Curve(run=run, metric=metric, points=tuple(values))

@@ -109,8 +109,11 @@ FROM models m JOIN wanted USING (model_id) LEFT JOIN made USING (model_id)
 ORDER BY m.round, m.created_at, m.model_id
 """
 
+# $models: those of round $round and what its new model had to beat, trained by an earlier round.
 CURVES = """
-SELECT dataset[7:] AS run, metric, n AS step, value FROM metrics
+SELECT CASE WHEN round IN (0, $round) THEN dataset[7:] ELSE 'champion' END AS run,
+    metric, n AS step, value
+FROM metrics
 WHERE dataset LIKE 'train-%' AND metric IN ('loss_itc', 'loss_itm', 'loss_lm')
     AND value IS NOT NULL AND list_contains($models, model_id)
 ORDER BY run, metric, step
@@ -122,4 +125,10 @@ SELECT dataset, model_id, metric, value, low, high, n FROM metrics
 WHERE dataset NOT LIKE 'train-%' AND value IS NOT NULL AND list_contains($models, model_id)
 QUALIFY row_number() OVER (PARTITION BY dataset, model_id, metric ORDER BY round DESC) = 1
 ORDER BY dataset, metric
+"""
+
+# Figures of the captioner and the filter of the round itself.
+FINETUNED = """
+SELECT model_id, metric, value, low, high, n FROM metrics
+WHERE protocol = 'finetuned' AND round = $round AND value IS NOT NULL ORDER BY model_id, metric
 """

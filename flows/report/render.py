@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from flows.report import charts, scales
-from flows.report.facts import Arms, Comparison, Curve, ReportFacts
+from flows.report.facts import Arms, Comparison, Curve, Measured, ReportFacts
 
 HERE = Path(__file__).parent
 
@@ -27,6 +27,9 @@ METRIC_LABELS = {
     "itm_auc_random": "ITM AUC, random negatives",
     "itm_auc_hard": "ITM AUC, hard negatives",
     "itm_auc_swapped": "ITM AUC, one word swapped",
+    "itm_ap_random": "ITM average precision, random negatives",
+    "itm_ap_hard": "ITM average precision, hard negatives",
+    "itm_ap_swapped": "ITM average precision, one word swapped",
     "cider": "CIDEr",
     "bleu4": "BLEU-4",
     "rouge_l": "ROUGE-L",
@@ -41,6 +44,7 @@ LOSSES = {
 }
 RUNS = {
     "pretrain": "pretrain (raw texts)",
+    "champion": "champion (an earlier round)",
     "retrain": "retrain (clean set)",
     "captioner": "captioner",
     "filter": "filter",
@@ -97,6 +101,7 @@ def render_report(facts: ReportFacts) -> str:
         third=lambda value: scales.DASH if value is None else f"{value:.3f}",
         second=lambda value: scales.DASH if value is None else f"{value:.2f}",
         metric=lambda name: METRIC_LABELS.get(name, name.replace("_", " ")),
+        interval=_interval,
         run=lambda name: RUNS.get(name, name),
     )
     numbers = charts.numbering()
@@ -108,6 +113,7 @@ def render_report(facts: ReportFacts) -> str:
         tiles=_tiles(facts),
         funnel_top=max((step.rows for step in facts.funnel), default=0) or 1,
         comparisons=_comparisons(facts.arms, numbers),
+        finetuned=sorted(facts.finetuned, key=lambda row: (_metric_order(row.metric), row.role)),
         loss_panels=_loss_panels(facts.curves, numbers),
         run_names=list(_runs(facts.curves)),
         histogram_panels=_histogram_panels(facts, numbers),
@@ -153,13 +159,8 @@ def _comparisons(
     """Rows of the before/after table: the metric, its gain, the gain's style, its little chart."""
     if arms is None:
         return []
-    order = list(METRIC_LABELS)
-    known = sorted(
-        arms.rows,
-        key=lambda row: (order.index(row.metric) if row.metric in order else 99, row.metric),
-    )
     rows = []
-    for row in known:
+    for row in sorted(arms.rows, key=lambda row: _metric_order(row.metric)):
         gain, style = scales.DASH, ""
         if row.before and row.after:
             difference = row.after.value - row.before.value
@@ -168,6 +169,18 @@ def _comparisons(
         title = METRIC_LABELS.get(row.metric, row.metric)
         rows.append((row, gain, style, charts.range_chart(numbers, title, row.before, row.after)))
     return rows
+
+
+def _interval(measured: Measured | None) -> Markup:
+    """The 95 % interval in small print; nothing where there is none."""
+    if measured is None or measured.low is None or measured.high is None:
+        return Markup("")
+    return Markup("<small>{:.3f} to {:.3f}</small>").format(measured.low, measured.high)
+
+
+def _metric_order(metric: str) -> tuple[int, str]:
+    order = list(METRIC_LABELS)
+    return (order.index(metric) if metric in order else len(order), metric)
 
 
 def _runs(curves: tuple[Curve, ...]) -> list[str]:

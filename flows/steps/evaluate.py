@@ -20,6 +20,7 @@ from blip_core import (
 from flows import models
 from flows.errors import MissingInput
 from flows.session import Run
+from flows.settings import EVALUATE_NOT_IN_FINGERPRINTS
 from flows.steps.batches import ImageRow, image_batches, rows_table
 from storage import (
     Clock,
@@ -33,8 +34,10 @@ from storage import (
     fingerprint,
 )
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 DATASET = "heldout"
+PROTOCOL_OF = {"med": "zero-shot", "captioner": "finetuned", "filter": "finetuned"}
+"""By the role of a model: only a captioner and a filter were finetuned for what is measured."""
 
 HELDOUT_SQL = """
     SELECT p.image_id, any_value(p.shard), any_value(p."offset"), any_value(p.size),
@@ -56,21 +59,24 @@ class HeldOut:
 def evaluate_model(run: Run, ref: ModelRef) -> PartRef:
     """Measure one model for this round, or find it measured; one part of `metrics` each.
 
-    A champion is measured again in every round: figures that are compared were made alike.
+    A filter is measured by retrieval and matching, a captioner by its captions, a whole model by all. A
+    champion is measured again in every round: figures that are compared were made alike.
 
     Raises:
         MissingInput: the lake has no held-out pairs.
     """
     settings = run.settings.evaluate
-    config = settings.model_dump(mode="json", exclude={"batch_size"}) | {
+    config = settings.model_dump(mode="json", exclude=set(EVALUATE_NOT_IN_FINGERPRINTS)) | {
         "seed": run.settings.seed,
         "max_text_tokens": run.settings.score.max_text_tokens,
         "prompt": run.settings.caption.prompt,
         "pixel_stats": run.settings.model.pixel_stats,
     }
     heldout = held_out(run)
+    if ref.role != "med":
+        config["role"] = ref.role
     basis = basis_of("evaluate", STAGE_VERSION, config, _heldout_inputs(heldout), ref.model_id)
-    name = f"{DATASET}-{ref.model_id[:16]}"
+    name = part_name(ref)
     existing = committed_part(
         run.lake, "metrics", name, round=run.round, basis=basis, on_stale=run.on_stale
     )
@@ -78,7 +84,9 @@ def evaluate_model(run: Run, ref: ModelRef) -> PartRef:
         return existing
     clock = Clock()
     loaded = models.load(run, ref)
-    metrics = [*_matching(run, loaded, heldout), *_captioning(run, loaded, heldout)]
+    metrics = [] if ref.role == "captioner" else _matching(run, loaded, heldout)
+    if ref.role != "filter":
+        metrics += _captioning(run, loaded, heldout)
     records = [
         {
             "round": run.round,
@@ -89,11 +97,18 @@ def evaluate_model(run: Run, ref: ModelRef) -> PartRef:
             "low": metric.low,
             "high": metric.high,
             "n": metric.n,
+            "protocol": PROTOCOL_OF[ref.role],
         }
         for metric in metrics
     ]
     table = rows_table("metrics", records)
     return commit_part(run.lake, "metrics", name, table, round=run.round, basis=basis, clock=clock)
+
+
+def part_name(ref: ModelRef) -> str:
+    """The part of `metrics` with a model's held-out figures in a round."""
+    role = "" if ref.role == "med" else f"-{ref.role}"
+    return f"{DATASET}{role}-{ref.model_id[:16]}"
 
 
 def held_out(run: Run) -> HeldOut:
@@ -143,6 +158,7 @@ def _matching(run: Run, loaded: LoadedModel, heldout: HeldOut) -> list[Metric]:
         heldout.captions,
         device=run.device,
         max_text_tokens=run.settings.score.max_text_tokens,
+        spill_folder=run.lake.scratch("evaluate"),
     )
     return [
         *evaluate_retrieval(

@@ -314,19 +314,23 @@ def _start(run: Run, plan: TrainPlan) -> LoadedModel:
         tokenizer = MEDTokenizer.train(_texts(run.lake, plan.sql), settings.vocab_size)
     else:
         tokenizer = MEDTokenizer.from_pretrained(settings.tokenizer)
-    config = MEDConfig.preset(
-        settings.preset, vocab_size=tokenizer.vocab_size, image_size_px=settings.image_size_px
-    )
-    if settings.dropout is not None:
-        config = dataclasses.replace(
-            config, text=dataclasses.replace(config.text, dropout=settings.dropout)
-        )
-    model = build_model(config, seed=run.settings.seed)
+    model = build_model(model_config(run, tokenizer.vocab_size), seed=run.settings.seed)
     if settings.init_vision:
         load_timm_weights(model.vision, Path(settings.init_vision))
     if settings.init_text:
         init_from_bert(model.text, Path(settings.init_text), lm_head=model.lm_head)
     return LoadedModel(model=model.to(run.device), tokenizer=tokenizer, model_id="")
+
+
+def model_config(run: Run, vocab_size: int) -> MEDConfig:
+    """The preset, with what the settings change of it."""
+    settings = run.settings.model
+    config = MEDConfig.preset(
+        settings.preset, vocab_size=vocab_size, image_size_px=settings.image_size_px
+    )
+    changes: dict[str, Any] = {"depth": settings.text_depth, "dropout": settings.dropout}
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, **given))
 
 
 def _texts(lake: Lake, sql: str) -> list[str]:

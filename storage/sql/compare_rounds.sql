@@ -11,10 +11,10 @@ WITH kept AS (
     GROUP BY round
 ),
 reached AS (
-    -- Of the round's own model; the champion it was compared with is measured there too.
+    -- Of the round's own model; the champion it was compared with, and a filter, may be measured there too.
     SELECT round, max(value) AS best_mean_recall
     FROM metrics
-    SEMI JOIN models USING (model_id, round)
+    SEMI JOIN (SELECT model_id, round FROM models WHERE role = 'med') USING (model_id, round)
     WHERE metric = 'mean_recall'
     GROUP BY round
 )

@@ -62,6 +62,19 @@ def test_both_roles_start_from_bert_and_new_rows_stay(
     assert torch.equal(model.text.layers[0].cross_attention.query.weight, cross)
 
 
+def test_init_takes_the_first_layers_of_a_deeper_bert(
+    bert: BertForMaskedLM, tmp_path: Path
+) -> None:
+    config = MEDConfig.preset("tiny", vocab_size=52)
+    shallow = dataclasses.replace(config, text=dataclasses.replace(config.text, depth=1))
+    whole, first = build_model(config, seed=0), build_model(shallow, seed=0)
+    init_from_bert(whole.text, tmp_path)
+    init_from_bert(first.text, tmp_path)
+    wanted = whole.text.layers[0].encoder_attention.qkv.weight
+    assert torch.equal(first.text.layers[0].encoder_attention.qkv.weight, wanted)
+    assert len(first.text.layers) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -110,8 +110,9 @@ def test_rerank_leaves_the_others_in_the_order_of_their_cosines(
     by_image, by_text = rerank(model, tokenizer, pairs, sim, k=3)
     for reranked, cosines in ((by_image, sim), (by_text.T, sim.T)):
         order = cosines.argsort(dim=1, descending=True, stable=True)[:, 3:]
-        assert torch.equal(reranked.gather(1, order).diff(dim=1).sign().amax(), torch.tensor(0.0))
-        assert (reranked.gather(1, order).diff(dim=1) < 0).double().mean() > 0.9
+        steps = reranked.gather(1, order).diff(dim=1)
+        assert (steps <= 0).all()
+        assert (steps < 0).double().mean() > 0.99  # not rounded to the same number
 
 
 @torch.no_grad()

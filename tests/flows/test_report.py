@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lake_tables import CLEAN, RAW, LakeTables
+from lake_tables import CLEAN, FILTER, RAW, LakeTables
 from PIL import Image
 
 from flows.quickstart.world import WorldConfig, build_world
@@ -82,6 +82,35 @@ def test_gather_facts_compares_the_new_model_with_what_it_had_to_beat(facts: Rep
     assert (recall.before.value, recall.after.value, recall.after.n) == (0.168, 0.487, 500)
 
 
+def test_render_report_prints_the_interval_below_its_figure(facts: ReportFacts) -> None:
+    page = render_report(facts)
+    assert "<b>0.487</b><small>0.447 to 0.527</small>" in page
+    assert page.count("<small>0.128 to 0.208</small>") == 1  # the model before
+    assert "6.200</b></td>" in page  # CIDEr was measured without one
+    assert "Finetuned on the human pairs" not in page
+
+
+def test_render_report_shows_the_filter_apart_when_it_was_measured(tables: LakeTables) -> None:
+    row = {"dataset": "heldout", "metric": "t2i_r1", "value": 0.611, "low": 0.55, "high": 0.66}
+    with tables.connect() as connection:
+        connection.execute(
+            f"INSERT INTO metrics BY NAME SELECT 1 AS round, '{FILTER}' AS model_id, "
+            "$dataset AS dataset, $metric AS metric, $value AS value, $low AS low, $high AS high, "
+            "500 AS n, 'finetuned' AS protocol",
+            row,
+        )
+        facts = gather_facts(connection, 1, tables.read_image, lake="lake", gallery_pairs=0)
+    (found,) = facts.finetuned
+    assert (found.role, found.metric, found.figure.value) == ("filter", "t2i_r1", 0.611)
+    assert facts.arms is not None
+    measured = next(row for row in facts.arms.rows if row.metric == "t2i_r1")
+    assert measured.after is not None
+    assert measured.after.value == 0.5
+    page = render_report(facts)
+    assert "<td>filter</td>" in page
+    assert "<b>0.611</b><small>0.550 to 0.660</small>" in page
+
+
 def test_gather_facts_takes_every_curve_and_model_of_the_round(facts: ReportFacts) -> None:
     runs = {"pretrain": LOSS_NAMES, "retrain": LOSS_NAMES}
     runs |= {"captioner": ("loss_lm",), "filter": ("loss_itc", "loss_itm")}
@@ -89,6 +118,35 @@ def test_gather_facts_takes_every_curve_and_model_of_the_round(facts: ReportFact
     assert drawn == {(run, metric) for run, metrics in runs.items() for metric in metrics}
     assert facts.models[0].made == "pretrain"
     assert len(facts.models) == 4
+
+
+def test_gather_facts_keeps_the_champions_curve_apart_from_the_new_models(
+    tables: LakeTables,
+) -> None:
+    with tables.connect() as connection:
+        connection.execute(
+            "INSERT INTO models BY NAME SELECT * REPLACE (2 AS round, 'f' || model_id[2:] AS model_id) "
+            "FROM models WHERE round = 1 AND role = 'med'"
+        )
+        connection.execute(
+            "INSERT INTO metrics BY NAME SELECT * REPLACE (2 AS round, 'f' || model_id[2:] AS model_id, "
+            f"value + 1 AS value) FROM metrics WHERE model_id = '{CLEAN}'"
+        )
+        connection.execute(
+            f"INSERT INTO rounds BY NAME SELECT * REPLACE (2 AS round, '{CLEAN}' AS champion_before) "
+            "FROM rounds"
+        )
+        curves = {
+            (curve.run, curve.metric): curve.points
+            for curve in gather_facts(
+                connection, 2, tables.read_image, lake="lake", gallery_pairs=0
+            ).curves
+        }
+    assert {run for run, _ in curves} == {"champion", "retrain"}
+    for metric in LOSS_NAMES:
+        before, after = curves["champion", metric], curves["retrain", metric]
+        assert len({step for step, _ in after}) == len(after) == len(before)
+        assert [y for _, y in after] == pytest.approx([y + 1 for _, y in before])
 
 
 def test_gather_facts_fills_each_histogram_with_every_scored_text(facts: ReportFacts) -> None:

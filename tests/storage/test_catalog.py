@@ -1,8 +1,12 @@
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rounds_of_rows import BASIS, caption, pair, scored, write_world
 
@@ -12,7 +16,7 @@ from storage.errors import CorruptPart, QueryRefused
 from storage.lake import Lake
 from storage.policy import decide
 from storage.schemas import TABLES
-from storage.tables import commit_part, list_parts, rows_table
+from storage.tables import PartRef, commit_part, list_parts, read_part, rows_table
 
 
 @pytest.fixture
@@ -32,6 +36,58 @@ def test_view_answers_with_the_same_columns_when_the_lake_is_empty(
     full = query(local_lake, f"FROM {view}")
     assert empty.schema.names == full.schema.names
     assert [str(t) for t in empty.schema.types] == [str(t) for t in full.schema.types]
+
+
+def _without_protocol(lake: Lake, ref: PartRef) -> None:
+    """Make a part what an older program committed: one column less."""
+    data, manifest = read_part(lake, ref), layout.part_manifest(ref.table, ref.name, ref.round)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(data.drop_columns(["protocol"]), buffer)
+    old = buffer.getvalue().to_pybytes()
+    lake.root.write_bytes(ref.path, old)
+    record = json.loads(lake.root.read_bytes(manifest))
+    record |= {"num_bytes": len(old), "sha256": hashlib.sha256(old).hexdigest()}
+    lake.root.write_bytes(manifest, json.dumps(record).encode())
+
+
+def test_parts_without_a_column_that_was_added_later_have_null_there(local_lake: Lake) -> None:
+    parts = []
+    for round in (1, 2):
+        row = {"round": round, "model_id": "m", "dataset": "heldout", "metric": "x", "value": 0.5}
+        rows = rows_table("metrics", [row | {"low": 0.25, "protocol": "zero-shot"}])
+        parts.append(commit_part(local_lake, "metrics", "p", rows, round=round, basis=BASIS))
+    asked = "SELECT round, value, low, protocol FROM metrics ORDER BY round"
+
+    def answers() -> list[tuple]:
+        return [tuple(row.values()) for row in query(local_lake, asked).to_pylist()]
+
+    _without_protocol(local_lake, parts[0])
+    assert answers() == [(1, 0.5, 0.25, None), (2, 0.5, 0.25, "zero-shot")]
+    _without_protocol(local_lake, parts[1])
+    assert answers() == [(1, 0.5, 0.25, None), (2, 0.5, 0.25, None)]
+    path = write_catalog(local_lake)
+    assert path is not None
+    with duckdb.connect(local_lake.root.path(path), read_only=True) as con:
+        assert con.sql(asked).fetchall() == answers()
+
+
+def test_compare_rounds_takes_the_new_model_and_not_a_filter_measured_beside_it(
+    local_lake: Lake,
+) -> None:
+    rounds.begin_round(local_lake, 1, {})
+    for model_id, role in (("whole", "med"), ("judge", "filter")):
+        row = {"model_id": model_id, "role": role, "round": 1, "path": f"models/{model_id}"}
+        rows = rows_table("models", [row])
+        commit_part(local_lake, "models", model_id, rows, round=1, basis=BASIS)
+    names = ("round", "model_id", "dataset", "metric", "value")
+    measured = [("whole", 0.5), ("judge", 0.9)]
+    rows = [
+        dict(zip(names, (1, model_id, "heldout", "mean_recall", value), strict=True))
+        for model_id, value in measured
+    ]
+    commit_part(local_lake, "metrics", "p", rows_table("metrics", rows), round=1, basis=BASIS)
+    found = query(local_lake, "SELECT best_mean_recall FROM compare_rounds").to_pylist()
+    assert found == [{"best_mean_recall": 0.5}]
 
 
 def test_clean_and_rejected_split_the_round_without_held_out_images(decided: Lake) -> None:
