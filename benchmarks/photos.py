@@ -5,10 +5,11 @@ stated share gets a wrong one (another photograph's caption, a line of real web 
 with one noun swapped). A few hundred keep their captions as the human set. Everything then runs as
 it would for a user: a local HTTP server, img2dataset, the real flow, once for each seed.
 
-    python benchmarks/photos.py --photos DIR --weights DIR --text DIR [--seeds 0 1 2] [--quick]
+    python benchmarks/photos.py --photos DIR --weights DIR [--text DIR] [--seeds 0 1 2] [--quick]
 
 DIR of --photos holds images/ and captions.json ({image, split, captions}) and web_texts.txt; DIR of
---weights a timm ViT-S/14 file; DIR of --text a BERT folder of width 384 (see docs/results/photos.md).
+--weights a timm ViT-S/14 file; DIR of --text, if given, a BERT folder of width 384 to start the text
+from (see docs/results/photos.md).
 """
 
 import argparse
@@ -166,7 +167,7 @@ def run_seed(options: argparse.Namespace, folder: Path, seed: int, proxy: str) -
 
     weights = next(options.weights.glob("*.safetensors"))
     images = str(options.photos / "images")
-    changes = {
+    changes: dict[str, Any] = {
         "seed": seed,
         "machine": {"lake": str(options.out / f"lake-{seed}"), "num_threads": options.threads},
         "ingest": {
@@ -179,12 +180,10 @@ def run_seed(options: argparse.Namespace, folder: Path, seed: int, proxy: str) -
                 {"captions": str(folder / "heldout.parquet"), "images": images, "name": "heldout"}
             ],
         },
-        "model": {
-            "init_vision": str(weights),
-            "init_text": str(options.text),
-            "tokenizer": str(options.text),
-        },
+        "model": {"init_vision": str(weights)},
     }
+    if options.text is not None:
+        changes["model"] |= {"init_text": str(options.text), "tokenizer": str(options.text)}
     started = time.time()
     settings = load_settings(options.preset, options.overrides, changes)
     result = bootstrap(settings)
@@ -290,7 +289,7 @@ def main() -> None:
     )
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--text", type=Path, required=True, help="BERT folder, width 384")
+    parser.add_argument("--text", type=Path, help="BERT folder of width 384; none: text from scratch")
     parser.add_argument("--out", type=Path, default=Path("lakes/photos"))
     parser.add_argument("--preset", default="photos")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -52,13 +52,16 @@ class Forward:
         inputs: StepInputs,
         *,
         distill_alpha: float,
+        negative_hardness: float,
         lm_weight: float,
         generator: torch.Generator | None,
     ) -> Losses:
         """Return the losses of this rank's batch; see `compute_losses`."""
         enabled = self.config.dtype == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            values = self._call(inputs.to(self.device), distill_alpha, lm_weight, generator)
+            values = self._call(
+                inputs.to(self.device), distill_alpha, negative_hardness, lm_weight, generator
+            )
         return Losses(**values)
 
     def sync(self, is_last: bool) -> AbstractContextManager[Any]:
@@ -104,12 +107,19 @@ class _Step(nn.Module):
         self,
         inputs: StepInputs,
         distill_alpha: float,
+        negative_hardness: float,
         lm_weight: float,
         generator: torch.Generator | None,
     ) -> dict[str, Any]:
         """Return the fields of `Losses`: containers that DistributedDataParallel can look into."""
         ranks = Ranks(self.world, self.from_all, generator)
-        losses = self.losses(inputs, distill_alpha=distill_alpha, lm_weight=lm_weight, ranks=ranks)
+        losses = self.losses(
+            inputs,
+            distill_alpha=distill_alpha,
+            negative_hardness=negative_hardness,
+            lm_weight=lm_weight,
+            ranks=ranks,
+        )
         return {field.name: getattr(losses, field.name) for field in fields(losses)}
 
 

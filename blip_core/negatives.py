@@ -62,16 +62,19 @@ def draw_negatives(
     image_ids: Tensor,
     text_ids: Tensor,
     *,
+    hardness: float = 1.0,
     world: World,
     from_all_ranks: bool,
     generator: torch.Generator | None,
 ) -> Negatives:
     """Draw the negatives of this rank's rows; similarities are (B, W * B), ids (W * B,), in order of rank.
 
+    `hardness` multiplies the similarities: with 0 every admissible column is as likely, 1 is the paper's.
     Draws from all ranks are made by every rank alike, over all rows, with a `generator` that is in the same
     state everywhere: they are those of one process with all the rows.
     """
     own = world.own_rows(len(sim_i2t))
+    sim_i2t, sim_t2i = hardness * sim_i2t, hardness * sim_t2i
     if not from_all_ranks or world.size == 1:
         admissible = admissible_negatives(image_ids[own], text_ids[own])
         images, has_image = sample_hard_negatives(sim_t2i[:, own], admissible)

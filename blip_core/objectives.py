@@ -163,11 +163,13 @@ def compute_losses(
     distill_alpha: float,
     label_smoothing: float,
     vision_frozen: bool = False,
+    negative_hardness: float = 1.0,
     lm_weight: float = 1.0,
     ranks: Ranks | None = None,
 ) -> Losses:
     """Return the losses of `objectives` on one batch; "itc" needs `momentum`.
 
+    `negative_hardness` multiplies the similarities by which negatives are drawn: 0 draws evenly, 1 as the paper.
     `lm_weight` multiplies loss_lm, for a batch that is part of a larger one. With several `ranks` every rank
     brings as many rows; averaged over them, losses and gradients are those of one batch of all rows, but for
     ITM with negatives of the own rank.
@@ -187,6 +189,7 @@ def compute_losses(
             sim_t2i,
             ranks.world.gather(inputs.image_ids),
             ranks.world.gather(inputs.text_ids),
+            hardness=negative_hardness,
             world=ranks.world,
             from_all_ranks=ranks.negatives_from_all,
             generator=ranks.generator,

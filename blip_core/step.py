@@ -101,6 +101,7 @@ class Stepper:
                 losses = forward(
                     micro[index],
                     distill_alpha=ramp(step, config.distill_alpha, config.alpha_ramp_steps),
+                    negative_hardness=ramp(step, 1.0, config.hard_negatives_ramp_steps),
                     lm_weight=lm_weight,
                     generator=shared,
                 )

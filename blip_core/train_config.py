@@ -74,6 +74,9 @@ class TrainConfig:
     """Momentum features kept as further candidates of the contrastive loss."""
     negatives_from: NegativesFrom = "rank"
     """Where hard negatives of ITM come from when several ranks train: the rank's own batch, or all."""
+    hard_negatives_ramp_steps: int = 0
+    """Steps over which negatives of ITM go from even draws to draws by similarity; 0 is the paper's, from the
+    first step. In a run of a few hundred steps hard negatives keep ITM at its constant answer."""
     prompt: str = ""
     """Put before every caption of the language-modelling objective; not supervised."""
     max_text_tokens: int = 30
@@ -156,6 +159,7 @@ _NOT_NEGATIVE = (
     "weight_decay",
     "warmup_steps",
     "alpha_ramp_steps",
+    "hard_negatives_ramp_steps",
     "queue_size",
     "checkpoint_blocks",
     "max_skipped_in_a_row",

@@ -229,6 +229,8 @@ class TrainSettings(Section):
     """Features kept in the contrastive queue."""
     negatives_from: Literal["rank", "all_ranks"] = "rank"
     """Hard negatives from a process's own batch, or from all processes'."""
+    hard_negatives_ramp_steps: int = Field(default=0, ge=0)
+    """Steps over which ITM's negatives go from even draws to hard ones; hard at once when 0."""
     prompt: str = ""
     """Text put before every caption in the language-model loss, itself not supervised."""
     max_text_tokens: int = Field(default=30, ge=4)

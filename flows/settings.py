@@ -63,6 +63,7 @@ TRAIN_ADDED_LATER = (
     "weight_decay_on",
     "teacher_mode",
     "negatives_from",
+    "hard_negatives_ramp_steps",
     "compile",
     "cache_vision",
 )

@@ -1,6 +1,8 @@
+import pytest
 import torch
 
-from blip_core.negatives import admissible_negatives, sample_hard_negatives
+from blip_core.distributed import World
+from blip_core.negatives import admissible_negatives, draw_negatives, sample_hard_negatives
 
 
 def test_admissible_negatives_leave_out_same_image_and_same_text() -> None:
@@ -31,3 +33,30 @@ def test_sample_hard_negatives_prefers_the_similar() -> None:
 def test_sample_hard_negatives_marks_rows_without_one() -> None:
     columns, has_one = sample_hard_negatives(torch.zeros(1, 1), torch.zeros(1, 1, dtype=torch.bool))
     assert (columns.tolist(), has_one.tolist()) == ([0], [False])
+
+
+@pytest.mark.parametrize(("hardness", "share"), [(0.0, 1 / 3), (1.0, 1.0)])
+def test_draw_negatives_goes_from_even_draws_to_the_most_similar(
+    hardness: float, share: float
+) -> None:
+    ids = torch.arange(4)
+    sim = torch.zeros(4, 4)
+    sim[:, 0], sim[0, 1] = 20.0, 20.0
+    torch.manual_seed(0)
+    drawn = [
+        draw_negatives(
+            sim,
+            sim,
+            ids,
+            ids,
+            hardness=hardness,
+            world=World(),
+            from_all_ranks=False,
+            generator=None,
+        )
+        for _ in range(300)
+    ]
+    for side in ("images", "texts"):
+        columns = torch.stack([getattr(each, side) for each in drawn])
+        hits = (columns == torch.tensor([1, 0, 0, 0])).float().mean()
+        assert float(hits) == pytest.approx(share, abs=0.06)
