@@ -23,6 +23,8 @@ CONSTANT_ITM_LOSS = 0.6365
 ITM_TOLERANCE = 0.005
 NUM_STUCK_LINES = 5
 COLLAPSED_COSINE = 0.99
+NUM_COLLAPSED_LINES = 3
+"""Lines in a row, after warm-up: features of random weights start alike too."""
 EXPLODING_FACTOR = 10.0
 NUM_NORMS = 20
 """History lines whose median is a usual gradient norm."""
@@ -107,6 +109,7 @@ class Watch:
         self.warned: list[Warned] = []
         self._active: set[str] = set()
         self._num_stuck = 0
+        self._num_collapsed = 0
         self._norms: deque[float] = deque(maxlen=NUM_NORMS)
 
     def see(self, line: Mapping[str, Any], *, quiet: bool = False) -> list[Warned]:
@@ -115,7 +118,7 @@ class Watch:
             return []  # an evaluation
         problems = {
             "itm_stuck": self._itm_stuck(line),
-            "collapsed_features": _collapsed(line),
+            "collapsed_features": self._collapsed(line),
             "exploding_norm": self._exploding(line),
         }
         begun = []
@@ -138,7 +141,21 @@ class Watch:
         return (
             f"loss_itm is {loss:.4f}, what one constant answer gives ({CONSTANT_ITM_LOSS}), in "
             f"{self._num_stuck} lines in a row: matching learns nothing. Start from trained weights, train "
-            "longer, use a larger batch_size, or another learning_rate"
+            "longer, use hard_negatives_ramp_steps, a larger batch_size, or another learning_rate"
+        )
+
+    def _collapsed(self, line: Mapping[str, Any]) -> str | None:
+        cosines = {side: line.get(f"{side}_cosine") for side in ("image", "text")}
+        alike = {side: c for side, c in cosines.items() if c is not None and c > COLLAPSED_COSINE}
+        past_warmup = line["step"] > self.warmup_steps
+        self._num_collapsed = self._num_collapsed + 1 if alike and past_warmup else 0
+        if self._num_collapsed < NUM_COLLAPSED_LINES:
+            return None
+        side, cosine = next(iter(alike.items()))
+        return (
+            f"{side} features are all alike (mean cosine {cosine:.4f}) in {self._num_collapsed} lines in a row: "
+            "nothing can be told apart. Lower learning_rate, lengthen warmup_steps, use a shorter queue_size in "
+            f"a short run, or look whether the batches hold one {side} over and over"
         )
 
     def _exploding(self, line: Mapping[str, Any]) -> str | None:
@@ -150,15 +167,3 @@ class Watch:
             f"grad_norm is {norm:.3g}, usual was {statistics.median(past):.3g}: lower learning_rate, lengthen "
             "warmup_steps, or set grad_clip_norm"
         )
-
-
-def _collapsed(line: Mapping[str, Any]) -> str | None:
-    for side in ("image", "text"):
-        cosine = line.get(f"{side}_cosine")
-        if cosine is not None and cosine > COLLAPSED_COSINE:
-            return (
-                f"{side} features are all alike (mean cosine {cosine:.4f}): nothing can be told apart. "
-                "Lower learning_rate, lengthen warmup_steps, or look whether the batches hold one "
-                f"{side} over and over"
-            )
-    return None

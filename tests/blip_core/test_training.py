@@ -241,8 +241,8 @@ def test_collapsed_features_are_named_in_the_result(
         batch = batches(step)
         return dataclasses.replace(batch, pixel_values=batch.pixel_values[:1].expand(6, -1, -1, -1))
 
-    result = train(start(), tokenizer, one_picture, _config(steps=2), tmp_path)
-    assert [(each.name, each.step) for each in result.warned] == [("collapsed_features", 2)]
+    result = train(start(), tokenizer, one_picture, _config(steps=5, log_every_steps=1), tmp_path)
+    assert [(each.name, each.step) for each in result.warned] == [("collapsed_features", 5)]
 
 
 def test_train_leaves_frozen_parameters_alone_and_thaws_them_afterwards(

@@ -35,11 +35,12 @@ def test_watch_says_nothing_while_matching_moves_or_is_not_trained() -> None:
 
 @pytest.mark.parametrize("side", ["image", "text"])
 def test_watch_names_collapsed_features_and_their_side(side: str) -> None:
-    watch = Watch()
-    assert watch.see(_line(1, **{f"{side}_cosine": 0.98})) == []
-    begun = watch.see(_line(2, **{f"{side}_cosine": 0.995}))
-    assert [each.name for each in begun] == ["collapsed_features"]
-    assert begun[0].message.startswith(f"{side} features are all alike")
+    watch = Watch(warmup_steps=2)
+    cosines = [0.995, 0.995, 0.995, 0.995, 0.98, 0.995, 0.995, 0.995]
+    begun = [watch.see(_line(step + 1, **{f"{side}_cosine": c})) for step, c in enumerate(cosines)]
+    assert [each.name for each in begun[7]] == ["collapsed_features"]
+    assert not any(begun[:7]), "alike during warm-up, or for two lines only"
+    assert begun[7][0].message.startswith(f"{side} features are all alike")
 
 
 def test_watch_names_an_exploding_norm_against_what_was_usual() -> None:
@@ -54,9 +55,10 @@ def test_watch_names_an_exploding_norm_against_what_was_usual() -> None:
 
 def test_watch_warns_again_after_a_problem_has_gone() -> None:
     watch = Watch()
-    for step, cosine in enumerate((0.999, 0.999, 0.5, 0.999)):
+    cosines = [0.999] * 5 + [0.5] + [0.999] * 3
+    for step, cosine in enumerate(cosines, start=1):
         watch.see(_line(step, image_cosine=cosine))
-    assert [each.step for each in watch.warned] == [0, 3]
+    assert [each.step for each in watch.warned] == [3, 9]
 
 
 def test_watch_fed_the_old_lines_goes_on_as_if_never_stopped() -> None:
