@@ -1,15 +1,16 @@
 """Image tokens of a vision encoder that is not trained: computed once, read in every epoch.
 
-The rows of a training set are sorted by image, so an image's place in the file is the number of
-distinct images before it. The file is made anew by a run that was killed while it was written:
+An image's place in the file is the number of images before it that could be decoded. The file is made anew by a run that was killed while it was written:
 images are encoded in the same batches every time, and so to the same bits.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from blip_core import MED, DecodeError, EvalTransform
 from flows.session import Run
 from flows.steps.batches import ImageRow, image_batches
 from storage import TrainSet
+from storage.errors import StorageFull
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +60,11 @@ def frozen_features(
     """Encode every image of a training set into `folder`, or open what lies there."""
     if not (folder / FEATURES).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        images, image_of_row = _distinct(rows)
+        images = _Images(rows)
         shape = (len(images), model.config.vision.num_tokens, model.config.vision.width)
         partial = folder / f"_tmp-{FEATURES}"
         out = np.lib.format.open_memmap(partial, mode="w+", dtype=NUMBERS[dtype], shape=shape)
+        _take_space(partial)
         places = np.full(len(images), UNREADABLE, dtype=np.int64)
         place = 0
         for ids, tokens in _encoded(run, images, model, transform, dtype):
@@ -70,35 +73,67 @@ def frozen_features(
             place += len(ids)
             on_progress(place, len(images))
         out.flush()
-        np.save(folder / PLACES, places[image_of_row])
+        np.save(folder / PLACES, images.of_rows(places))
         partial.replace(folder / FEATURES)
     return FrozenFeatures(folder)
 
 
-def _distinct(rows: TrainSet) -> tuple[list[ImageRow], np.ndarray]:
-    """The distinct images in order, and for every row the number of its image."""
-    images: list[ImageRow] = []
-    image_of_row = np.empty(len(rows), dtype=np.int64)
-    for i in range(len(rows)):
-        row = rows.row(i)
-        if not images or images[-1].image_id != row.image_id:
-            images.append(
-                ImageRow(image_id=row.image_id, shard=row.shard, offset=row.offset, size=row.size)
-            )
-        image_of_row[i] = len(images) - 1
-    return images, image_of_row
+def _take_space(path: Path) -> None:
+    """Claim a mapped file's blocks: a full disk is an error now, and would be a dead process later."""
+    size = path.stat().st_size
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as err:
+        path.unlink()
+        raise StorageFull(
+            f"the tokens of frozen vision take {size / 2**30:.2f} GiB in {path.parent}, which are not "
+            f"there ({err.strerror}); make room, or set cache_vision: false"
+        ) from err
+
+
+class _Images(Sequence[ImageRow]):
+    """The distinct images of a training set in order, each read when it is asked for."""
+
+    def __init__(self, rows: TrainSet) -> None:
+        self._rows = rows
+        self._starts = rows.image_starts()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, number: int) -> ImageRow: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[ImageRow]: ...
+    def __getitem__(self, number: int | slice) -> ImageRow | list[ImageRow]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        row = self._rows.row(int(self._starts[number]))
+        return ImageRow(image_id=row.image_id, shard=row.shard, offset=row.offset, size=row.size)
+
+    def of_rows(self, values: np.ndarray) -> np.ndarray:
+        """(I,) a value of each image -> (N,) the value of each row's image."""
+        ends = np.append(self._starts[1:], len(self._rows))
+        return np.repeat(values, (ends - self._starts).astype(np.int64))
 
 
 def _encoded(
-    run: Run, images: list[ImageRow], model: MED, transform: EvalTransform, dtype: str
+    run: Run, images: Sequence[ImageRow], model: MED, transform: EvalTransform, dtype: str
 ) -> Iterator[tuple[list[int], np.ndarray]]:
     """Numbers of the images that could be decoded, batch by batch, with their tokens (B, P, D)."""
-    number_of = {image.image_id: number for number, image in enumerate(images)}
-    is_half = dtype == "bfloat16"
+    is_half, first = dtype == "bfloat16", 0
     model.vision.eval()
     for batch in image_batches(run, images, transform, ENCODE_BATCH):
         for row, reason in batch.failed:
             logger.warning("image %s of shard %s skipped: %s", row.image_id, row.shard, reason)
+        failed = {row.image_id for row, _ in batch.failed}
+        num_images = len(batch.rows) + len(failed)
+        numbered = enumerate(images[first : first + num_images], start=first)
+        ids = [number for number, image in numbered if image.image_id not in failed]
+        first += num_images
         if batch.pixel_values is None:
             continue
         with (
@@ -110,4 +145,4 @@ def _encoded(
             numbers = tokens.to(torch.bfloat16).view(torch.int16).numpy()
         else:
             numbers = tokens.float().numpy()
-        yield [number_of[row.image_id] for row in batch.rows], numbers
+        yield ids, numbers

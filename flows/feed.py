@@ -7,7 +7,6 @@ goes on with the batch that the killed one would have made.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -18,6 +17,8 @@ from PIL import Image
 from blip_core import Batch, DecodeError, decode_image
 from blip_core.distributed import World
 from flows.features import FrozenFeatures
+from flows.order import EpochOrder
+from flows.skipped import SkippedRows
 from storage import Lake, TrainRow, TrainSet, read_image
 
 logger = logging.getLogger(__name__)
@@ -32,9 +33,10 @@ TRIES_FOR_A_ROW = 10
 class TrainFeed:
     """Batches of a training set, decoded ahead of the model by a few threads.
 
-    A row whose image cannot be decoded is counted in `num_skipped` and its place is taken by
-    the next row of the epoch's order. With `features` no image is decoded: batches hold image
-    tokens of a frozen vision encoder, and `transform` is not used.
+    Rows come in the order of `order`, by default every row once an epoch. A row whose image cannot
+    be decoded is counted in `num_skipped`, written to `skipped`, and its place is taken by the next
+    row of the order. With `features` no image is decoded: batches hold image tokens of a frozen
+    vision encoder, and `transform` is not used.
     """
 
     def __init__(
@@ -48,6 +50,8 @@ class TrainFeed:
         workers: int,
         world: World | None = None,
         features: FrozenFeatures | None = None,
+        order: EpochOrder | None = None,
+        skipped: SkippedRows | None = None,
     ) -> None:
         self._lake = lake
         self._rows = rows
@@ -59,9 +63,14 @@ class TrainFeed:
         self._seed = seed
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._ahead: dict[int, list[Future[tuple[torch.Tensor, str, str]]]] = {}
-        self._order: tuple[int, np.ndarray] | None = None
-        self._lock = threading.Lock()
+        self._order = order or EpochOrder(rows, seed=seed)
+        self._skipped = skipped
         self.num_skipped = 0
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that an epoch reads: all, or as many as there are images."""
+        return len(self._order)
 
     def __call__(self, step: int) -> Batch:
         """Batch `step`: (B, 3, S, S) pixels or (B, P, D) tokens, B captions, B image ids."""
@@ -71,6 +80,7 @@ class TrainFeed:
         samples = [future.result() for future in self._ahead.pop(step)]
         for stale in [known for known in self._ahead if known < step]:
             del self._ahead[stale]
+        self._order.forget_before((step + 1) * self._batch_size)
         inputs, captions, image_ids = zip(*samples, strict=True)
         name = "pixel_values" if self._features is None else "image_embeds"
         images = {name: torch.stack(inputs)}
@@ -86,12 +96,14 @@ class TrainFeed:
 
     def _sample(self, position: int) -> tuple[torch.Tensor, str, str]:
         for attempt in range(TRIES_FOR_A_ROW):
-            number = self._row_number(position + attempt)
+            number = self._order.row(position + attempt)
             row = self._rows.row(number)
             try:
                 return *self._input(number, row, position), row.image_id
             except DecodeError as err:
                 self.num_skipped += 1
+                if self._skipped is not None:
+                    self._skipped.add(position, attempt, row.image_id)
                 logger.warning("image %s of shard %s skipped: %s", row.image_id, row.shard, err)
         raise DecodeError(
             f"{TRIES_FOR_A_ROW} images in a line cannot be decoded, the last in shard {row.shard}; "
@@ -105,11 +117,3 @@ class TrainFeed:
         image = decode_image(read_image(self._lake, row.shard, row.offset, row.size))
         rng = np.random.default_rng((self._seed, 1, position))
         return self._transform(image, row.caption, rng)
-
-    def _row_number(self, position: int) -> int:
-        epoch, place = divmod(position, len(self._rows))
-        with self._lock:
-            if self._order is None or self._order[0] != epoch:
-                rng = np.random.default_rng((self._seed, 0, epoch))
-                self._order = (epoch, rng.permutation(len(self._rows)))
-            return int(self._order[1][place])

@@ -6,9 +6,11 @@ Units are in the names; `None` means "off" or "as the stage decides", 0 is a num
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from storage.schemas import SOURCES
 
 
 def _hide_defaults(schema: dict[str, Any]) -> None:
@@ -235,6 +237,11 @@ class TrainSettings(Section):
     """Text put before every caption in the language-model loss, itself not supervised."""
     max_text_tokens: int = Field(default=30, ge=4)
     """Longest text in tokens, special tokens included."""
+    captions_per_epoch: Literal["all", "one"] = "all"
+    """An epoch holds every pair once, or every image once with one of its captions, drawn anew."""
+    source_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
+    """Weight of each source when one caption is drawn, such as {web: 1, synthetic: 1, human: 2};
+    an image's captions of one source share it. All alike when not given."""
     augment: Literal["none", "flip_crop", "paper"] = "paper"
     """Image augmentation: none, crop and flip, or crop, flip and RandAugment as in the paper."""
     freeze: tuple[Literal["vision", "text", "text.word_embeddings"], ...] = ()
@@ -272,6 +279,24 @@ class TrainSettings(Section):
             )
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_source_weights(self) -> TrainSettings:
+        weights = self.source_weights
+        if weights is None:
+            return self
+        if self.captions_per_epoch != "one":
+            raise ValueError(
+                "source_weights say which caption is drawn: set captions_per_epoch: one"
+            )
+        if set(weights) != set(SOURCES):
+            raise ValueError(
+                f"source_weights must name {', '.join(SOURCES)}, 0 to draw none of one; "
+                f"they name {', '.join(weights) or 'none'}"
+            )
+        if not any(weights.values()):
+            raise ValueError("source_weights are all 0: no caption could be drawn")
         return self
 
 

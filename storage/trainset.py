@@ -3,12 +3,14 @@
 A row names an image by its byte range, so training reads each picture with one range read.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from storage import catalog, layout
 from storage.errors import ConfigError, CorruptData, EmptyTrainSet, QueryRefused
@@ -61,28 +63,83 @@ class TrainRow:
 
 
 class TrainSet:
-    """An opened training set; rows come from a memory map, so it costs no memory to hold."""
+    """An opened training set; rows come from a memory map, so it costs no memory to hold.
+
+    Rows are sorted by image_id: those of one image lie side by side.
+    """
 
     def __init__(self, reader: Any, num_rows: int) -> None:
         self._reader = reader
         self._num_rows = num_rows
+        self._batches: dict[int, pa.RecordBatch] = {}
 
     def __len__(self) -> int:
         return self._num_rows
+
+    @property
+    def number_type(self) -> type[np.unsignedinteger[Any]]:
+        """Smallest type of four bytes or more that holds the number of any row."""
+        return np.uint32 if self._num_rows <= 2**32 else np.uint64
 
     def row(self, i: int) -> TrainRow:
         """Row i, from 0; IndexError beyond the end."""
         if not 0 <= i < self._num_rows:
             raise IndexError(f"row {i} of a training set of {self._num_rows}")
-        batch = self._reader.get_batch(i // BATCH_ROWS)
+        batch = self._batch(i // BATCH_ROWS)
         values = [column[i % BATCH_ROWS].as_py() for column in batch.columns]
         return TrainRow(**dict(zip(SCHEMA.names, values, strict=True)))
 
+    def values(self, column: str, start: int, end: int) -> list[Any]:
+        """A column's values of rows `start` to `end`, the last not included."""
+        index, found = SCHEMA.get_field_index(column), []
+        while start < end:
+            first = start % BATCH_ROWS
+            count = min(end - start, BATCH_ROWS - first)
+            found += self._batch(start // BATCH_ROWS).column(index).slice(first, count).to_pylist()
+            start += count
+        return found
+
+    def image_starts(self) -> np.ndarray:
+        """(I,) unsigned: the first row of every image, in order; one pass over the ids."""
+        starts, last = [], None
+        for number, ids in enumerate(self._columns("image_id")):
+            changed = np.empty(len(ids), dtype=bool)
+            changed[0] = ids[0].as_py() != last
+            changed[1:] = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
+            first_row = number * BATCH_ROWS
+            starts.append((np.flatnonzero(changed) + first_row).astype(self.number_type))
+            last = ids[-1].as_py()
+        return np.concatenate(starts)
+
+    def distinct(self, column: str) -> list[Any]:
+        """The different values of a column, sorted as text."""
+        found: set[Any] = set()
+        for values in self._columns(column):
+            found.update(pc.unique(values).to_pylist())
+        return sorted(found, key=str)
+
+    def is_one_of(self, column: str, wanted: Sequence[str]) -> np.ndarray:
+        """(N,) bool: whether a row's value is one of `wanted`."""
+        wanted_values = pa.array(wanted, type=SCHEMA.field(column).type)
+        parts = (pc.is_in(values, value_set=wanted_values) for values in self._columns(column))
+        return np.concatenate([part.to_numpy(zero_copy_only=False) for part in parts])
+
     def captions(self) -> Iterator[str]:
         """All texts in order, for a tokenizer to learn from."""
-        index = SCHEMA.get_field_index("caption")
-        for i in range(self._reader.num_record_batches):
-            yield from self._reader.get_batch(i).column(index).to_pylist()
+        for values in self._columns("caption"):
+            yield from values.to_pylist()
+
+    def _columns(self, column: str) -> Iterator[pa.Array]:
+        index = SCHEMA.get_field_index(column)
+        for number in range(self._reader.num_record_batches):
+            yield self._batch(number).column(index)
+
+    def _batch(self, number: int) -> pa.RecordBatch:
+        """Views of the map, kept: making them takes longer than reading a row."""
+        batch = self._batches.get(number)
+        if batch is None:
+            batch = self._batches[number] = self._reader.get_batch(number)
+        return batch
 
 
 def build_trainset(lake: Lake, sql: str, *, name: str, memory_limit: str = "2GB") -> TrainSetRef:

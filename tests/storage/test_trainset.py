@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from rounds_of_rows import BASIS, caption, image, pair, write_world
 
@@ -47,6 +48,31 @@ def test_trainset_finds_rows_across_batches(
     commit_part(local_lake, "captions", "p", texts, round=0, basis=BASIS)
     rows = open_trainset(local_lake, build_trainset(local_lake, RAW, name="raw"))
     assert [rows.row(i).caption for i in range(40)] == [f"text w{i:02}" for i in range(40)]
+
+
+def test_trainset_knows_where_images_start_across_batches(
+    local_lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainset, "BATCH_ROWS", 4)
+    pairs = rows_table("pairs", [pair(i) for i in range(9)])
+    commit_part(local_lake, "pairs", "p", pairs, basis=BASIS)
+    num_texts = [1, 3, 2, 2, 5, 9, 1, 1, 4]
+    texts = [
+        caption(f"{i}-{n}", i, "web", 0) for i, num in enumerate(num_texts) for n in range(num)
+    ]
+    commit_part(local_lake, "captions", "p", rows_table("captions", texts), round=0, basis=BASIS)
+    rows = open_trainset(local_lake, build_trainset(local_lake, RAW, name="raw"))
+    starts = rows.image_starts()
+    assert starts.tolist() == [sum(num_texts[:i]) for i in range(9)]
+    assert starts.dtype == np.uint32
+    for start, num in zip(starts.tolist(), num_texts, strict=True):
+        assert rows.values("image_id", start, start + num) == [rows.row(start).image_id] * num
+    everything = [rows.row(i).caption for i in range(len(rows))]
+    assert rows.values("caption", 2, 27) == everything[2:27]
+    assert rows.distinct("image_id") == [image(i) for i in range(9)]
+    wanted = [image(4), image(8)]
+    found = [rows.row(i).image_id in wanted for i in range(len(rows))]
+    assert rows.is_one_of("image_id", wanted).tolist() == found
 
 
 def test_trainset_refuses_held_out_and_unknown_images(lake: Lake) -> None:
