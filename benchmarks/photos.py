@@ -289,7 +289,9 @@ def main() -> None:
     )
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--text", type=Path, help="BERT folder of width 384; none: text from scratch")
+    parser.add_argument(
+        "--text", type=Path, help="BERT folder of width 384; none: text from scratch"
+    )
     parser.add_argument("--out", type=Path, default=Path("lakes/photos"))
     parser.add_argument("--preset", default="photos")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

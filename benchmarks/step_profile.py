@@ -1,21 +1,17 @@
 """Where the time of a training step goes: by phase, by part of the model and by operator.
 
 Backward time is given to the part whose forward made the autograd node.
-
-Dimension key: L text tokens, P image tokens, D width.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
-
-from blip_core.config import MEDConfig
 
 MARK = "@"
 _PARTS = (
@@ -33,48 +29,21 @@ _PARTS = (
 )
 
 
-def flops_per_image(
-    config: MEDConfig, *, tokens: int, shared_kv: bool = True, lm_rows: float | None = None
-) -> dict[str, float]:
-    """Matrix-product FLOPs of one pretraining step for one image, forward and backward, by part.
-
-    A multiply and an add are two. `tokens` is what texts are padded to, `lm_rows` the tokens an image
-    that reach the LM head (default: all). `shared_kv`: cross-attention's keys and values once an image
-    instead of once in each of the four passes that read them.
-    """
-    vision, text = config.vision, config.text
-    patches, width, length = vision.num_tokens, vision.width, tokens
-    block = (8 + 4 * vision.mlp_ratio) * width**2 * patches + 4 * patches**2 * width
-    embed = 2 * (patches - 1) * 3 * vision.patch_size_px**2 * width
-    image = vision.depth * block + embed
-    attention = 8 * text.width**2 * length + 4 * length**2 * text.width
-    feed_forward = 4 * text.width * text.ffn_width * length
-    cross = 4 * text.width**2 * length + 4 * length * patches * text.width
-    kv = text.depth * 4 * patches * text.encoder_width * text.width
-    plain = text.depth * (attention + feed_forward)
-    fused = plain + text.depth * cross
-    rows = length if lm_rows is None else lm_rows
-    return {
-        "vision": 3 * image,
-        "vision twin": image,
-        "text": 3 * plain,
-        "text twin": plain,
-        "matching (3 rows)": 9 * fused,
-        "language modelling": 3 * fused,
-        "image keys and values": 3 * kv * (1 if shared_kv else 4),
-        "lm head": 3 * rows * (2 * text.width**2 + 2 * text.width * text.vocab_size),
-    }
-
-
 @contextmanager
-def marked(*models: tuple[str, nn.Module | None]) -> Iterator[None]:
-    """Name the parts of models in profiles, below a name each (empty: none)."""
-    handles = []
+def marked(
+    models: Sequence[tuple[str, nn.Module]], calls: Sequence[tuple[object, str, str]]
+) -> Iterator[None]:
+    """Name what a profile shows.
+
+    `models`: parts of each, below a name (empty: none). `calls`: (object, method, name of the phase).
+    """
+    handles: list[Any] = []
     for prefix, model in models:
-        for name, module in model.named_modules() if model is not None else ():
+        for name, module in model.named_modules():
             label = next((label for pattern, label in _PARTS if re.search(pattern, name)), None)
             if label is not None:
                 handles += _mark(module, " ".join(word for word in (prefix, label) if word))
+    handles += [_Wrapped(*call) for call in calls]
     try:
         yield
     finally:
@@ -83,8 +52,12 @@ def marked(*models: tuple[str, nn.Module | None]) -> Iterator[None]:
 
 
 def _mark(module: nn.Module, label: str) -> list[Any]:
+    """Name the calls of a module."""
+    if hasattr(
+        module, "forward_features"
+    ):  # timm's ViT is entered by this name, which hooks do not see
+        return [_Wrapped(module, "forward_features", label)]
     open_ranges: list[Any] = []
-    original = getattr(module, "forward_features", None)
 
     def enter(_: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         mode = (kwargs or {}).get("mode")
@@ -94,34 +67,28 @@ def _mark(module: nn.Module, label: str) -> list[Any]:
     def leave(*_: Any) -> None:
         open_ranges.pop().__exit__(None, None, None)
 
-    if original is not None:  # timm's ViT is entered by this name, which hooks do not see
-
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with record_function(MARK + label):
-                return original(*args, **kwargs)
-
-        module.forward_features = wrapped  # type: ignore[assignment, method-assign]
-        return [_Undo(module)]
     return [
         module.register_forward_pre_hook(enter, with_kwargs=True),
         module.register_forward_hook(leave),
     ]
 
 
-class _Undo:
-    """Take a wrapped `forward_features` off again."""
+class _Wrapped:
+    """A method of one object, its calls named."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, owner: object, method: str, label: str) -> None:
+        self.owner, self.method = owner, method
+        original = getattr(owner, method)
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with record_function(MARK + label):
+                return original(*args, **kwargs)
+
+        setattr(owner, method, wrapped)
 
     def remove(self) -> None:
         """Give the class's method back."""
-        del self.module.forward_features
-
-
-def phase(name: str) -> record_function:
-    """Return a context that names a phase of the step."""
-    return record_function(f"{MARK}{name}")
+        delattr(self.owner, self.method)
 
 
 def profile_step(step: Callable[[], object], *, cuda: bool) -> dict[str, dict[str, float]]:
@@ -164,7 +131,7 @@ def _part(event: Any, forward_part: dict[int, str]) -> tuple[str, bool]:
             node = event.sequence_nr
         event = event.cpu_parent
     if node is not None:
-        return f"backward: {forward_part.get(node, 'other').removeprefix('forward > ')}", True
+        return f"backward: {forward_part.get(node, 'other')}", True
     return " > ".join(reversed(labels)) or "other", False
 
 

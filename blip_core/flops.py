@@ -27,11 +27,12 @@ def step_flops(
     objectives: Sequence[Objective],
     vision_frozen: bool = False,
     num_lm_tokens: int | None = None,
+    num_projections: int = 1,
 ) -> float:
     """Return operations of one training step per image, momentum encoders included.
 
     `num_text_tokens` is the padded length L of a text; the language-modelling head runs on `num_lm_tokens` of
-    them (all but one by default).
+    them (all but one by default). An image's keys and values are computed once, or `num_projections` times.
     """
     vision = vision_flops(config)
     fused = _text_layers(config, num_text_tokens, with_image=True)
@@ -42,7 +43,7 @@ def step_flops(
     elif "itm" in objectives:
         total += _text_layers(config, num_text_tokens, with_image=False)  # chooses negatives
     if "itm" in objectives or "lm" in objectives:
-        total += 3 * _image_projections(config)
+        total += 3 * num_projections * _image_projections(config)
     if "itm" in objectives:
         total += 3 * _ITM_ROWS * fused
     if "lm" in objectives:

@@ -82,7 +82,7 @@ class Stepper:
         self.train_mode()
 
     def do(self, step: int, batches: list[Batch]) -> StepDone | None:
-        """Do one optimizer step; None, and nothing trained, when a loss or gradient is not finite."""
+        """Do one optimizer step; None, and no weight of the model moved, when a loss or gradient is not finite."""
         config, model, world, forward = self.config, self.model, self.world, self._forward
         assert forward is not None, "begin() comes first"
         torch.manual_seed(_step_seed(config.seed, step, world.rank))

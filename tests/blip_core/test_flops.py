@@ -31,6 +31,16 @@ def test_vision_flops_are_what_torch_counts(name: str) -> None:
     assert vision_flops(config) == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
+def test_step_flops_count_projections_as_often_as_they_are_made() -> None:
+    base = MEDConfig.preset("base")
+    counts = [
+        step_flops(base, num_text_tokens=14, objectives=ALL, num_projections=times)
+        for times in (1, 4)
+    ]
+    assert counts[1] - counts[0] == pytest.approx(3 * 3 * 12 * 4 * 197 * 768 * 768)
+    assert counts[1] == pytest.approx(253.8e9, rel=3e-3), "keys and values in every pass"
+
+
 def test_step_flops_count_only_what_is_trained() -> None:
     base = MEDConfig.preset("base")
     vision = vision_flops(base)
