@@ -102,11 +102,12 @@ def write_pretrained(
     if layout == "own":
         _write_own(model, tokenizer, Path(path))
         return
-    hf.save_hf(model, Path(path), layout, tokenizer)
+    hf.require_layout(model, layout)
     if tokenizer is not None:
         hf.save_processor(
             tokenizer, Path(path), model.config.vision.image_size_px, pixel_mean, pixel_std
         )
+    hf.save_hf(model, Path(path), layout, tokenizer)  # config.json last: the folder is whole then
 
 
 def _write_own(model: MED, tokenizer: MEDTokenizer | None, folder: Path) -> str:

@@ -119,8 +119,15 @@ def join_world(device: str = "auto") -> Iterator[tuple[World, torch.device]]:
     """Join the process group that `torchrun` describes, for the length of a `with`; gives world and device.
 
     `device` is auto, cpu or cuda; on GPUs each rank takes the one of its LOCAL_RANK. Without torchrun's
-    variables the world has one rank.
+    variables the world has one rank, and `device` may be cuda:N. Raises ConfigError for cuda:N when several
+    processes train, and for a rank without a GPU.
     """
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    require(
+        num_processes == 1 or not device.startswith("cuda:"),
+        f"device {device!r} is one GPU, but {num_processes} processes train together: give 'cuda', and "
+        "each takes its own; CUDA_VISIBLE_DEVICES says which there are",
+    )
     use_cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if use_cuda and device in ("auto", "cuda"):
@@ -130,7 +137,9 @@ def join_world(device: str = "auto") -> Iterator[tuple[World, torch.device]]:
             "start at most that many processes",
         )
         torch.cuda.set_device(local_rank)
-    chosen = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    chosen = torch.device("cpu")
+    if use_cuda:
+        chosen = torch.device(device if ":" in device else f"cuda:{local_rank}")
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         yield World(), chosen
         return

@@ -8,6 +8,7 @@ trained with [ENC]: put [ENC] there yourself when you use an exported filter.
 
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,6 +65,7 @@ _VISION_DEFAULTS: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
     "attention_dropout": 0.0,
 }
+_SHARED_DEFAULTS: dict[str, Any] = {"image_text_hidden_size": 256, "logit_scale_init_value": 2.6592}
 
 
 def finder(path_or_repo: str | Path) -> FindFile:
@@ -162,13 +164,13 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> MEDConfig:
     Raises CheckpointError naming the field for anything that a MED is not.
     """
     model_type = values.get("model_type")
-    architectures = list(values.get("architectures") or [])
+    architectures = values.get("architectures") or []
     known = ", ".join(_HEADS_OF)
     if model_type != "blip":
         raise CheckpointError(
             f"{where}: model_type is {model_type!r}, not 'blip'; its weights are of another model"
         )
-    if len(architectures) != 1 or architectures[0] not in _HEADS_OF:
+    if architectures not in [[name] for name in _HEADS_OF]:
         raise CheckpointError(
             f"{where}: architectures is {architectures}, but must be one of {known}"
         )
@@ -184,15 +186,19 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> MEDConfig:
             raise CheckpointError(
                 f"{where}: {kind}.{name} is {section[name]!r}, but a MED has {wanted!r} only"
             )
+    shared = {name: values.get(name, default) for name, default in _SHARED_DEFAULTS.items()}
+    _require_numbers(text, _TEXT_DEFAULTS, f"{where}: text_config.")
+    _require_numbers(vision, _VISION_DEFAULTS, f"{where}: vision_config.")
+    _require_numbers(shared, _SHARED_DEFAULTS, f"{where}: ")
     _warn_of_dropout(text, vision, where)
     try:
         return MEDConfig(
             vision=_vision_from_hf(vision),
             text=_text_from_hf(text, vision["hidden_size"]),
-            embed_width=values.get("image_text_hidden_size", 256),
+            embed_width=shared["image_text_hidden_size"],
             heads=_HEADS_OF[architectures[0]],
         )
-    except (ConfigError, TypeError) as err:
+    except ConfigError as err:
         raise CheckpointError(f"{where}: config.json: {err}") from err
 
 
@@ -201,6 +207,24 @@ def _section(values: Mapping[str, Any], name: str, where: str) -> dict[str, Any]
     if not isinstance(section, dict):
         raise CheckpointError(f"{where}: config.json has no {name}")
     return section
+
+
+def _require_numbers(section: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError naming the first field that is not a number of its default's kind."""
+    for name, default in defaults.items():
+        value = section[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_whole = is_number and isinstance(value, int)
+        if isinstance(default, str):
+            continue
+        if name.endswith("_token_id"):
+            is_fine, wanted = value is None or is_whole, "a whole number or null"
+        elif isinstance(default, int):
+            is_fine, wanted = is_whole and value > 0, "a whole number above 0"
+        else:
+            is_fine, wanted = is_number and math.isfinite(value), "a number"
+        if not is_fine:
+            raise CheckpointError(f"{where}{name} is {value!r}, but must be {wanted}")
 
 
 def _warn_of_dropout(text: Mapping[str, Any], vision: Mapping[str, Any], where: str) -> None:

@@ -71,11 +71,11 @@ def load_official(
     _resize(state, inferred)
     model = MED(inferred)
     momentum = _momentum_for(model, state, path)
-    scale = state.pop("temp", None)
+    scale = state.pop("temp", None) if "itc" in heads else None
     queue = {name: state.pop(name) for name in _QUEUE_NAMES if name in state}
     own = _own(model, momentum)
     import_tensors(own, state, _entries(model, momentum), str(path), twins_needed=True)
-    if scale is not None and "itc" in heads:
+    if scale is not None:
         if scale.numel() != 1 or not 0.0 < float(scale) < math.inf:
             raise CheckpointError(f"{path}: temp must be one number above 0, got {scale.tolist()}")
         model.logit_scale.data.fill_(-math.log(float(scale)))

@@ -91,13 +91,7 @@ def train(
         ConfigError: a setting does not fit the model, the tokenizer, the ranks or the folder.
         TrainingError: too many steps in a row were not finite; the model is back at the last checkpoint.
     """
-    require(
-        tokenizer.vocab_size <= model.config.text.vocab_size,
-        f"the tokenizer has {tokenizer.vocab_size} ids, but text.vocab_size is "
-        f"{model.config.text.vocab_size}",
-    )
-    for objective in config.objectives:
-        model.require_head(objective, f"training on {objective}")
+    _check_fits(model, tokenizer, config)
     require(
         (config.best_metric is None) == (evaluate is None),
         f"best_metric is {config.best_metric!r} and evaluate is {'' if evaluate else 'not '}given: "
@@ -277,6 +271,27 @@ class _Run:
         )
 
 
+def _check_fits(model: MED, tokenizer: MEDTokenizer, config: TrainConfig) -> None:
+    """Raise ConfigError before any compute when the model cannot be trained so on such texts."""
+    text = model.config.text
+    require(
+        tokenizer.vocab_size <= text.vocab_size,
+        f"the tokenizer has {tokenizer.vocab_size} ids, but text.vocab_size is {text.vocab_size}",
+    )
+    for objective in config.objectives:
+        model.require_head(objective, f"training on {objective}")
+    if "itm" in config.objectives:
+        model.require_head("itc", "training on itm, whose negatives are drawn by similarity,")
+    longest = config.max_text_tokens
+    if "lm" in config.objectives and config.prompt:
+        longest += len(tokenizer.prompt_ids(config.prompt)) - 1
+    require(
+        longest <= text.max_positions,
+        f"max_text_tokens {config.max_text_tokens} and the prompt make texts of up to {longest} tokens, but "
+        f"text.max_positions is {text.max_positions}: lower max_text_tokens",
+    )
+
+
 def _check_batch(config: TrainConfig, world: World) -> None:
     require(
         config.batch_size % world.size == 0,
@@ -294,7 +309,8 @@ def _check_batch(config: TrainConfig, world: World) -> None:
 def _freeze(model: MED, prefixes: tuple[str, ...]) -> None:
     model.requires_grad_(True)
     for prefix in prefixes:
-        names = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
+        part = prefix.rstrip(".")  # whole parts of a name: `vision` is not `vision_proj`
+        names = [name for name, _ in model.named_parameters() if f"{name}.".startswith(f"{part}.")]
         require(bool(names), f"freeze: no parameter's name starts with {prefix!r}")
         for name in names:
             model.get_parameter(name).requires_grad_(False)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from flows.settings import BootstrapSettings
 
+SERVER_START_SECONDS = "180"
+"""Prefect gives its in-process server 20 s to start, which a busy machine does not always manage."""
 STAGES = {
     "ingest": "download new URLs and take in human pairs",
     "pretrain": "train the first model on raw web and human pairs",
@@ -98,7 +100,7 @@ def _model_commands(commands: Any) -> None:
     export = _command(commands, "export", "write a model of the lake for transformers", _export)
     export.add_argument("role", choices=("captioner", "filter", "med"))
     export.add_argument("--lake", help="lake to read")
-    export.add_argument("--round", type=int, help="round of the model; the latest when not given")
+    export.add_argument("--round", type=int, help="the latest when not given, for med the champion")
     for sub in (finetune, export):
         sub.add_argument("--out", required=True, help="folder to write the model into")
         sub.add_argument(
@@ -366,6 +368,7 @@ def _choose_api() -> None:
     home = Path(os.environ.setdefault("PREFECT_HOME", str(Path(".bootstrap/prefect").absolute())))
     home.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", SERVER_START_SECONDS)
 
 
 def entry() -> NoReturn:

@@ -6,6 +6,7 @@ removed when the model is there. The same call after a kill goes on from the las
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +22,14 @@ from flows.settings import BootstrapSettings
 from flows.steps.plans import HUMAN_SQL
 from flows.steps.train import Objective, TrainPlan, train_model
 from storage import CaptionSetConfig, Lake, ModelRef, ingest_captions, local_folder, registry
+from storage.layout import LAKE
+
+logger = logging.getLogger(__name__)
 
 OBJECTIVES: dict[str, tuple[Objective, ...]] = {"captioner": ("lm",), "filter": ("itc", "itm")}
-WORK = "work"
-"""Folder below the result that holds what is unfinished."""
+WORK = "_tmp-finetune"
+"""Folder below the result that holds what is unfinished: a lake of its own."""
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 
 
 def finetune(
@@ -40,19 +45,26 @@ def finetune(
 ) -> None:
     """Finetune on a captions file and its pictures, with the settings' section of `role`.
 
-    `model` is anything that `MED.from_pretrained` reads. `out` gets the finetuned one.
+    `model` is anything that `MED.from_pretrained` reads. `out` gets the finetuned one. Where a kill left
+    both the whole model and the work folder, only the folder is removed.
 
     Raises:
-        SettingsError: `out` holds a model already, or no tokenizer is known.
+        SettingsError: `out` holds a model already, or a work folder that is not ours, or no tokenizer is
+            known.
         ConfigError: the model lacks a head that is trained, or the layout cannot hold it.
     """
+    work = out / WORK
+    _require_ours(work)
+    if (out / "config.json").exists() and work.exists():
+        logger.warning("%s was finished before; only %s is removed", out, work)
+        _remove(work)
+        return
     require_free(out)
     layout = layout or LAYOUTS[role]
     start = _start(model, settings)
     for objective in OBJECTIVES[role]:
         start.model.require_head(objective, f"finetuning a {role}")
     require_layout(start.model, layout)
-    work = out / WORK
     lake = Lake.open(str(work), create=True)
     machine = {"lake": str(work), "scratch": None, "on_stale": "rebuild"}
     run = Run(lake, settings.with_changes({"machine": machine}), 1)
@@ -64,13 +76,36 @@ def finetune(
         ref, _ = train_model(run, _plan(run, role, _registered(lake, start, model)), on_progress)
         finetuned = load_model(local_folder(lake, ref))
     write_folder(finetuned, out, layout, settings.model.pixel_stats)
+    _remove(work)
+
+
+def _require_ours(work: Path) -> None:
+    """Raise SettingsError unless the work folder is absent, empty or a lake."""
+    is_ours = not work.exists() or (
+        work.is_dir() and ((work / LAKE).is_file() or not any(work.iterdir()))
+    )
+    if not is_ours:
+        raise SettingsError(
+            f"{work} is not a folder of a finetuning that was stopped (it has no {LAKE}): "
+            "rename it, or name another folder for the model"
+        )
+
+
+def _remove(work: Path) -> None:
+    """Remove a work folder, its mark last, so that one half removed is still known as ours."""
+    for path in work.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LAKE:
+            path.unlink()
     shutil.rmtree(work)
 
 
 def _start(model: str, settings: BootstrapSettings) -> LoadedModel:
     """The given model with its own tokenizer; that of the settings where it has none."""
-    tokenizer = model
-    if Path(model).suffix in (".pth", ".pt"):
+    tokenizer, folder = model, Path(model)
+    has_none = folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES)
+    if has_none or folder.suffix in (".pth", ".pt"):
         tokenizer = settings.model.tokenizer
         if tokenizer == "train":
             raise SettingsError(

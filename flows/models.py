@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import lru_cache
 from pathlib import Path
 
-from blip_core import EvalTransform, LoadedModel, load_model
+from blip_core import MED, EvalTransform, LoadedModel, load_model
 from blip_core.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from flows.errors import MissingInput
 from flows.session import Run
@@ -29,11 +30,19 @@ def load(run: Run, ref: ModelRef) -> LoadedModel:
     return loaded
 
 
-def load_copy(run: Run, ref: ModelRef, *, image_size_px: int | None = None) -> LoadedModel:
-    """A copy to train, apart from the cached one; its positions resized when a size is given."""
-    return load_model(
-        local_folder(run.lake, ref), device=str(run.device), image_size_px=image_size_px
-    )
+def load_copy(
+    run: Run, ref: ModelRef, *, image_size_px: int | None = None, dropout: float | None = None
+) -> LoadedModel:
+    """A copy to train, apart from the cached one; for another image size or dropout when given."""
+    folder = local_folder(run.lake, ref)
+    loaded = load_model(folder, device=str(run.device), image_size_px=image_size_px)
+    config = loaded.model.config
+    if dropout is None or dropout == config.text.dropout:
+        return loaded
+    text = dataclasses.replace(config.text, dropout=dropout)
+    model = MED(dataclasses.replace(config, text=text)).to(run.device)
+    model.load_state_dict(loaded.model.state_dict())
+    return dataclasses.replace(loaded, model=model.eval())
 
 
 def pixel_stats(run: Run) -> tuple[Triple, Triple]:

@@ -11,57 +11,75 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
-from blip_core import BlipError
 from blip_core.distributed import join_world
-from flows.errors import FlowsError
+from flows.sections import TrainSettings
 from flows.session import Run
 from flows.settings import parse_settings
 from flows.steps.ranks import ERROR, HISTORY, PROGRESS
 from flows.steps.train import TrainPlan, fit
-from storage import Lake, ModelRef, StorageError, TrainSetRef
+from storage import Lake, ModelRef, TrainSetRef
 
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
-def main(path: Path) -> int:
-    """Train this rank's part of the job in `path`; returns the exit status."""
+def main(path: Path) -> None:
+    """Train this rank's part of the job in `path`; whatever error ends it is told in the job's folder."""
+    with _told(path.parent):
+        _train(path)
+
+
+def _train(path: Path) -> None:
     job = json.loads(path.read_text(encoding="utf-8"))
     _end_with(job["parent"])
     settings = parse_settings(job["settings"])
-    plan_values = job["plan"]
-    for name in ("parent", "tokenizer_of"):
-        if plan_values[name] is not None:
-            plan_values[name] = ModelRef(**plan_values[name])
-    section = type(settings.pretrain).model_validate(plan_values.pop("settings"))
-    objectives = tuple(plan_values.pop("objectives"))
-    plan = TrainPlan(settings=section, objectives=objectives, **plan_values)
     if settings.machine.num_threads:
         torch.set_num_threads(settings.machine.num_threads)
-    with join_world(settings.machine.device) as (world, device):
+    plan = _plan(job["plan"])
+    # told within the group too: when it ends, the other ranks fail of that and would tell it first
+    with join_world(settings.machine.device) as (world, device), _told(path.parent):
         settings = settings.with_changes({"machine": {"device": str(device)}})
         scratch = Path(job["scratch"]) if job["scratch"] else None
         lake = Lake.open(settings.machine.lake, scratch_root=scratch)
         run = Run(lake, settings, job["round"])
-
-        def tell(step: int, steps: int, text: str) -> None:
-            sys.stdout.write(f"{PROGRESS}{json.dumps([step, steps, text])}\n")
-            sys.stdout.flush()
-
-        try:
-            history = fit(run, plan, TrainSetRef(**job["rows"]), path.parent, tell)
-        except (BlipError, StorageError, FlowsError) as err:
-            (path.parent / ERROR).write_text(str(err), encoding="utf-8")
-            sys.stderr.write(f"rank {world.rank}: {err}\n")
-            return 1
+        history = fit(run, plan, TrainSetRef(**job["rows"]), path.parent, _tell)
         if world.is_first:
             (path.parent / HISTORY).write_text(json.dumps(history), encoding="utf-8")
         world.wait()
-    return 0
+
+
+def _plan(values: dict[str, Any]) -> TrainPlan:
+    """The plan that `flows.steps.train` wrote as JSON."""
+    refs = {
+        name: ModelRef(**values[name]) if values[name] is not None else None
+        for name in ("parent", "tokenizer_of")
+    }
+    settings = TrainSettings.model_validate(values["settings"])
+    objectives = tuple(values["objectives"])
+    return TrainPlan(**{**values, **refs, "settings": settings, "objectives": objectives})
+
+
+def _tell(step: int, steps: int, text: str) -> None:
+    sys.stdout.write(f"{PROGRESS}{json.dumps([step, steps, text])}\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Write type and message of an error where the flow reads it, unless there is an earlier one."""
+    try:
+        yield
+    except Exception as err:
+        with suppress(OSError), (folder / ERROR).open("x", encoding="utf-8") as file:
+            file.write(f"{type(err).__name__}: {err}")
+        raise
 
 
 def _end_with(parent: int) -> None:
@@ -77,4 +95,4 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))

@@ -66,6 +66,8 @@ TRAIN_ADDED_LATER = (
     "hard_negatives_ramp_steps",
     "compile",
     "cache_vision",
+    "captions_per_epoch",
+    "source_weights",
 )
 """Fields younger than the first lakes: at its default each does what was done before it, and is
 left out of fingerprints, so that those lakes stay valid."""
@@ -129,6 +131,18 @@ class BootstrapSettings(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _ranks_share_batches(self) -> BootstrapSettings:
+        ranks = self.machine.train_processes
+        for name in ("pretrain", "captioner", "filter", "retrain"):
+            section = getattr(self, name)
+            if section is not None and section.batch_size % ranks:
+                raise ValueError(
+                    f"{name}.batch_size {section.batch_size} cannot be shared equally by "
+                    f"machine.train_processes {ranks}: use a multiple of it"
+                )
+        return self
+
     def as_basis(self) -> dict[str, Any]:
         """The settings of the data: what a round may not change half-way."""
         dumped: dict[str, Any] = self.model_dump(mode="json")
@@ -140,6 +154,7 @@ class BootstrapSettings(Section):
             dumped[name].pop("batch_size")
         for name in EVALUATE_NOT_IN_FINGERPRINTS:
             dumped["evaluate"].pop(name)
+        dumped["model"] = model_basis(self.model)
         for name in ("pretrain", "captioner", "filter", "retrain"):
             section = getattr(self, name)
             dumped[name] = None if section is None else train_basis(section)

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 PROGRESS = "progress "
 """How a line of the first rank begins that tells how far it is."""
 ERROR = "error.txt"
+"""Type and message of the first error of any rank."""
 HISTORY = "history.json"
 NUM_LAST_LINES = 20
 SECONDS_TO_END = 20
@@ -70,7 +71,8 @@ def train_in_ranks(
     reader.join(timeout=SECONDS_TO_END)
     if status != 0:
         error = folder / ERROR
-        reason = error.read_text(encoding="utf-8") if error.is_file() else "\n".join(last)
+        told = error.read_text(encoding="utf-8") if error.is_file() else ""
+        reason = told or "\n".join(last)
         raise TrainingError(f"training in {processes} processes failed: {reason}")
     history: list[dict[str, Any]] = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
     return history

@@ -5,14 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-from torch.utils.tensorboard import SummaryWriter
 
 from blip_core import (
     MED,
@@ -32,11 +29,15 @@ from blip_core import train as run_training
 from blip_core.distributed import current_world
 from blip_core.watch import CONSTANT_ITM_LOSS, NOT_REPEATABLE
 from flows import models
-from flows.features import frozen_features
+from flows.boards import Boards
+from flows.errors import SettingsError
+from flows.features import FrozenFeatures, frozen_features
 from flows.feed import TrainFeed
+from flows.order import EpochOrder
 from flows.sections import TrainSettings
 from flows.session import Run
 from flows.settings import model_basis, train_basis
+from flows.skipped import SkippedRows
 from flows.steps.batches import rows_table
 from flows.steps.ranks import train_in_ranks
 from storage import (
@@ -44,6 +45,7 @@ from storage import (
     Lake,
     ModelRef,
     PartRef,
+    TrainSet,
     TrainSetRef,
     basis_of,
     build_trainset,
@@ -60,8 +62,14 @@ logger = logging.getLogger(__name__)
 
 STAGE_VERSION = 1
 FINAL = "final"
+TEXTS_AT_ONCE = 65_536
+SKIPPED = "skipped.txt"
+ROWS_SKIPPED = "rows_skipped"
+"""Metric of a finished training: rows passed over because their image could not be decoded."""
 NOT_IN_CURVES = ("step", *NOT_REPEATABLE)
 """Of a history line: the step is the row's n, and speed and memory differ between equal runs."""
+OF_THE_FEED = ("augment", "cache_vision", "captions_per_epoch", "source_weights")
+"""Settings that say what batches hold; the engine does not know them."""
 
 Objective = Literal["itc", "itm", "lm"]
 ALL_OBJECTIVES: tuple[Objective, ...] = ("itc", "itm", "lm")
@@ -98,6 +106,7 @@ def train_model(
     Raises:
         EmptyTrainSet: the plan's query gives no rows.
         StaleOutput: this round's model was made from something else; names what differs.
+        SettingsError: `source_weights` do not fit the rows.
     """
     rows = build_trainset(run.lake, plan.sql, name=plan.name)
     basis = _basis(run, plan, rows)
@@ -107,9 +116,12 @@ def train_model(
     )
     if curve is not None and (made := _model_of(run.lake, curve)) is not None:
         return made, False
+    _order(run, plan, open_trainset(run.lake, rows))  # refuses what does not fit before any compute
     clock = Clock()
     folder = run.lake.scratch("train", f"{plan.name}-{fingerprint_of(basis)[:16]}")
     if run.settings.machine.train_processes > 1:
+        if plan.settings.cache_vision:  # here: ranks that wait for one another do not wait for long
+            _features(run, plan, rows, _start(run, plan).model, folder, on_progress)
         history = _fit_in_ranks(run, plan, rows, folder, on_progress)
     else:
         history = fit(run, plan, rows, folder, on_progress)
@@ -173,18 +185,22 @@ def fit(
     folder: Path,
     on_progress: Callable[[int, int, str], None],
 ) -> list[dict[str, Any]]:
-    """Train and save to `folder/final`; returns the history. Ranks of a process group train together."""
+    """Train and save to `folder/final`; returns the history, and last a line of `rows_skipped`.
+
+    Ranks of a process group train together.
+    """
     world = current_world()
     loaded = _start(run, plan)
     feed = _feed(run, plan, rows, loaded.model, folder, on_progress)
-    config = train_config(plan, run.settings.seed, rows.num_rows)
+    config = train_config(plan, run.settings.seed, feed.rows_per_epoch)
     curves = run.lake.scratch("tensorboard", f"{plan.name}-round-{plan.round}")
-    with SummaryWriter(curves) if world.is_first else nullcontext() as board:
+    shown = train_basis(plan.settings)
+    with Boards(curves, folder.name, shown) if world.is_first else nullcontext() as boards:
 
         def on_log(log: TrainLog) -> None:
-            for name, value in dataclasses.asdict(log).items():
-                if board is not None and name != "step" and value is not None:
-                    board.add_scalar(name, value, log.step)
+            values = dataclasses.asdict(log)
+            if boards is not None:
+                boards.log({k: v for k, v in values.items() if k != "step"}, log.step)
             on_progress(log.step, config.steps, f"loss {log.loss:.3f}")
 
         try:
@@ -199,12 +215,15 @@ def fit(
             )
         finally:
             feed.close()
-    if feed.num_skipped:
-        logger.warning("%s: %d undecodable rows were passed over", plan.name, feed.num_skipped)
-    if world.is_first:
-        warn_if_stuck(plan.name, result.history)
-        save_model(loaded.model, loaded.tokenizer, folder / FINAL)
-    return result.history
+    if not world.is_first:
+        return result.history
+    positions = result.steps * config.accumulate_steps * config.batch_size
+    num_skipped = SkippedRows(folder / SKIPPED).count(positions)
+    if num_skipped:
+        logger.warning("%s: %d undecodable rows were passed over", plan.name, num_skipped)
+    warn_if_stuck(plan.name, result.history)
+    save_model(loaded.model, loaded.tokenizer, folder / FINAL)
+    return [*result.history, {"step": result.steps, ROWS_SKIPPED: num_skipped}]
 
 
 def _feed(
@@ -220,21 +239,6 @@ def _feed(
     opened = open_trainset(run.lake, rows)
     mean, std = models.pixel_stats(run)
     size = model.config.vision.image_size_px
-    features = None
-    if settings.cache_vision:
-        make = partial(
-            frozen_features,
-            run,
-            opened,
-            model,
-            EvalTransform(size, mean=mean, std=std),
-            folder / "features",
-            dtype=settings.dtype,
-            on_progress=lambda done, total: on_progress(done, total, "encoding images"),
-        )
-        features = make() if world.is_first else None
-        world.wait()
-        features = features or make()
     return TrainFeed(
         run.lake,
         opened,
@@ -243,7 +247,43 @@ def _feed(
         seed=run.settings.seed,
         workers=run.settings.machine.decode_workers,
         world=world,
-        features=features,
+        features=_features(run, plan, rows, model, folder, on_progress),
+        order=_order(run, plan, opened),
+        skipped=SkippedRows(folder / SKIPPED),
+    )
+
+
+def _features(
+    run: Run,
+    plan: TrainPlan,
+    rows: TrainSetRef,
+    model: MED,
+    folder: Path,
+    on_progress: Callable[[int, int, str], None],
+) -> FrozenFeatures | None:
+    """What frozen vision makes of the plan's images, made or found; None when it is not kept."""
+    if not plan.settings.cache_vision:
+        return None
+    mean, std = models.pixel_stats(run)
+    return frozen_features(
+        run,
+        open_trainset(run.lake, rows),
+        model,
+        EvalTransform(model.config.vision.image_size_px, mean=mean, std=std),
+        folder / "features",
+        dtype=plan.settings.dtype,
+        on_progress=lambda done, total: on_progress(done, total, "encoding images"),
+    )
+
+
+def _order(run: Run, plan: TrainPlan, rows: TrainSet) -> EpochOrder:
+    """The order of the plan's rows; SettingsError when `source_weights` do not fit them."""
+    settings = plan.settings
+    return EpochOrder(
+        rows,
+        seed=run.settings.seed,
+        captions_per_epoch=settings.captions_per_epoch,
+        source_weights=settings.source_weights,
     )
 
 
@@ -279,13 +319,13 @@ def _curve(plan: TrainPlan, ref: ModelRef, history: list[dict[str, Any]]) -> lis
     ]
 
 
-def train_config(plan: TrainPlan, seed: int, num_rows: int) -> TrainConfig:
-    """The core's configuration of a plan over `num_rows` rows."""
+def train_config(plan: TrainPlan, seed: int, rows_per_epoch: int) -> TrainConfig:
+    """The core's configuration of a plan whose epochs have `rows_per_epoch` rows."""
     settings = plan.settings
-    fields = settings.model_dump(exclude={"augment", "cache_vision"})
+    fields = settings.model_dump(exclude=set(OF_THE_FEED))
     if settings.schedule == "epoch_decay" and settings.steps_per_epoch is None:
         rows_a_step = settings.batch_size * settings.accumulate_steps
-        fields["steps_per_epoch"] = max(1, round(num_rows / rows_a_step))
+        fields["steps_per_epoch"] = max(1, round(rows_per_epoch / rows_a_step))
     return TrainConfig(objectives=plan.objectives, seed=seed, **fields)
 
 
@@ -298,6 +338,9 @@ def _basis(run: Run, plan: TrainPlan, rows: TrainSetRef) -> dict[str, Any]:
         "seed": run.settings.seed,
         "tokenizer_of": plan.tokenizer_of.model_id if plan.tokenizer_of else None,
     }
+    ranks = run.settings.machine.train_processes
+    if ranks > 1 and "itm" in plan.objectives and plan.settings.negatives_from == "rank":
+        config["ranks"] = ranks  # each draws its negatives from its own part of a batch
     parent = plan.parent.model_id if plan.parent else ""
     return basis_of(f"train-{plan.name}", STAGE_VERSION, config, [rows.fingerprint], parent)
 
@@ -306,8 +349,19 @@ def _start(run: Run, plan: TrainPlan) -> LoadedModel:
     """The model before its first step: the parent, or a new one."""
     settings = run.settings.model
     if plan.parent is not None:
-        size = settings.finetune_image_size_px
-        return models.load_copy(run, plan.parent, image_size_px=size)
+        loaded = models.load_copy(
+            run,
+            plan.parent,
+            image_size_px=settings.finetune_image_size_px,
+            dropout=settings.dropout,
+        )
+        depth = loaded.model.config.text.depth
+        if settings.text_depth not in (None, depth):
+            raise SettingsError(
+                f"model.text_depth is {settings.text_depth}, but the model to finetune has {depth} "
+                "layers: leave it out"
+            )
+        return loaded
     if plan.tokenizer_of is not None:
         tokenizer = models.load(run, plan.tokenizer_of).tokenizer
     elif settings.tokenizer == "train":
@@ -333,8 +387,10 @@ def model_config(run: Run, vocab_size: int) -> MEDConfig:
     return dataclasses.replace(config, text=dataclasses.replace(config.text, **given))
 
 
-def _texts(lake: Lake, sql: str) -> list[str]:
+def _texts(lake: Lake, sql: str) -> Iterator[str]:
     """The distinct texts of a training set, sorted: what a vocabulary is learned from."""
     with connect(lake) as connection:
         query = f"SELECT DISTINCT caption FROM ({sql}) WHERE caption IS NOT NULL ORDER BY caption"
-        return [row[0] for row in connection.execute(query).fetchall()]
+        found = connection.execute(query)
+        while rows := found.fetchmany(TEXTS_AT_ONCE):
+            yield from (row[0] for row in rows)

@@ -10,7 +10,7 @@ import pytest
 import ranks
 import torch
 
-from blip_core import Batch, train
+from blip_core import Batch, ConfigError, train
 from blip_core.distributed import World, current_world, join_world
 
 HELPER = Path(ranks.__file__)
@@ -128,6 +128,22 @@ def test_join_world_without_torchrun_is_a_world_of_one(monkeypatch: pytest.Monke
     monkeypatch.delenv("RANK", raising=False)
     with join_world("cpu") as (world, device):
         assert (world, device) == (World(), torch.device("cpu"))
+
+
+def test_one_gpu_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with (
+        pytest.raises(ConfigError, match=r"'cuda:1' is one GPU, but 2 processes .* give 'cuda'"),
+        join_world("cuda:1"),
+    ):
+        pytest.fail("joined")
+
+
+def test_one_process_alone_gets_the_gpu_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with join_world("cuda:1") as (world, device):
+        assert (world, device) == (World(), torch.device("cuda", 1))
 
 
 def test_batch_that_ranks_cannot_share_is_refused(folder: Path) -> None:

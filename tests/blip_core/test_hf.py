@@ -201,6 +201,33 @@ def test_old_files_with_tied_copies_and_buffers_are_read(folder: Path) -> None:
         ({"text_config": {"num_hidden_layers": 3}}, r"absent: .*layer.2.attention"),
         ({"vision_config": {"num_hidden_layers": 1}}, r"unexpected: vision_model.encoder.layers.1"),
         ({"text_config": {"num_attention_heads": 5}}, "32 must be a multiple of num_heads 5"),
+        (
+            {"vision_config": {"hidden_size": 0}},
+            "vision_config.hidden_size is 0, but must be a who",
+        ),
+        (
+            {"vision_config": {"patch_size": 0}},
+            "vision_config.patch_size is 0, but must be a whole",
+        ),
+        (
+            {"text_config": {"hidden_size": "64"}},
+            "text_config.hidden_size is '64', but must be a w",
+        ),
+        (
+            {"text_config": {"vocab_size": None}},
+            "text_config.vocab_size is None, but must be a who",
+        ),
+        (
+            {"text_config": {"pad_token_id": "0"}},
+            "text_config.pad_token_id is '0', but must be a w",
+        ),
+        (
+            {"vision_config": {"layer_norm_eps": "1e-5"}},
+            "layer_norm_eps is '1e-5', but must be a nu",
+        ),
+        ({"image_text_hidden_size": 25.6}, ": image_text_hidden_size is 25.6, but must be a whole"),
+        ({"logit_scale_init_value": "2.6"}, ": logit_scale_init_value is '2.6', but must be a num"),
+        ({"architectures": 5}, "architectures is 5, but must be one of"),
     ],
 )
 def test_weights_of_another_architecture_are_refused_by_name(
@@ -316,6 +343,23 @@ def test_export_needs_to_know_the_special_ids(
     text = MED.from_pretrained(tmp_path).config.text
     found = (text.pad_id, text.sep_id, text.dec_id)
     assert found == (tokenizer.pad_id, tokenizer.sep_id, tokenizer.dec_id)
+
+
+@pytest.mark.parametrize(
+    ("layout", "last_but_one"),
+    [
+        ("own", "tokenizer.json"),
+        ("hf-captioning", "preprocessor_config.json"),
+        ("hf-retrieval", "model.safetensors"),
+    ],
+)
+def test_config_is_written_last_in_every_layout(
+    layout: Any, last_but_one: str, model: MED, tokenizer: MEDTokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / last_but_one).mkdir()  # a file of that name cannot be written
+    with pytest.raises(Exception, match="directory"):
+        model.save_pretrained(tmp_path, layout, tokenizer=tokenizer)
+    assert not (tmp_path / "config.json").exists(), "it says that the folder is whole"
 
 
 def test_a_model_exports_only_what_it_has(tmp_path: Path) -> None:

@@ -210,6 +210,25 @@ def test_itm_logits_are_the_same_through_selected_projections(
     assert direct.shape == (3, 2)
 
 
+@torch.no_grad()
+def test_itm_logits_are_the_same_when_the_last_texts_bring_their_own_images(
+    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor, texts: list[str]
+) -> None:
+    tokens = tokenizer.encode([*texts[:6], "a picture of two"], 20)
+    ids, rows = tokenizer.encoder_ids(tokens.input_ids), torch.tensor([0, 0, 1, 1, 2, 2, 1])
+    kv = model.project_image(model.encode_image(pixel_values[:3]))
+    expected = model.itm_logits_from_kv(select_images(kv, rows), ids, tokens.attention_mask)
+    found = model.itm_logits_from_kv(
+        kv, ids, tokens.attention_mask, extra_kv=select_images(kv, rows[6:])
+    )
+    torch.testing.assert_close(found, expected)
+    other = model.itm_logits_from_kv(
+        kv, ids, tokens.attention_mask, extra_kv=select_images(kv, torch.tensor([0]))
+    )
+    torch.testing.assert_close(other[:6], expected[:6])
+    assert not torch.allclose(other[6], expected[6]), "the last text reads the image it brings"
+
+
 def test_clamp_scale_keeps_the_temperature_of_blip(model: MED) -> None:
     assert model.scale.item() == pytest.approx(1 / 0.07, rel=1e-5)
     with torch.no_grad():

@@ -279,6 +279,7 @@ ENCODER_FFN = "text_encoder.encoder.layer.0.output.dense.weight"
             "unexpected: text_dec.*pool",
         ),
         ("captioner", _with("image_queue", torch.zeros(EMBED, 3)), "unexpected: image_queue"),
+        ("captioner", _with("temp", torch.tensor(0.07)), "unexpected: temp"),
         ("pretrain", _without("queue_ptr"), "absent: queue_ptr"),
         ("pretrain", _without("temp"), "absent: temp"),
         ("pretrain", _with("ptr_queue", torch.tensor([0])), "unexpected: ptr_queue"),

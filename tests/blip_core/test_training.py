@@ -245,11 +245,16 @@ def test_collapsed_features_are_named_in_the_result(
     assert [(each.name, each.step) for each in result.warned] == [("collapsed_features", 5)]
 
 
+@pytest.mark.parametrize("prefix", ["vision", "vision."])
 def test_train_leaves_frozen_parameters_alone_and_thaws_them_afterwards(
-    start: Callable[[], MED], tokenizer: MEDTokenizer, batches: Source, tmp_path: Path
+    start: Callable[[], MED],
+    tokenizer: MEDTokenizer,
+    batches: Source,
+    tmp_path: Path,
+    prefix: str,
 ) -> None:
     before, model = _weights(start()), start()
-    train(model, tokenizer, batches, _config(steps=2, freeze=("vision.",)), tmp_path / "frozen")
+    train(model, tokenizer, batches, _config(steps=2, freeze=(prefix,)), tmp_path / "frozen")
     moved = {
         name for name, value in _weights(model).items() if not torch.equal(value, before[name])
     }
@@ -356,6 +361,39 @@ def test_prompt_is_not_supervised(
 def test_train_config_names_field_value_and_bound(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _config(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_text_tokens": 99}, "texts of up to 99 tokens, but text.max_positions is 40"),
+        (
+            {"max_text_tokens": 40, "prompt": "a red "},
+            "texts of up to 42 tokens, but text.max_positions is 40: lower max_text_tokens",
+        ),
+    ],
+)
+def test_train_refuses_texts_that_the_model_has_no_positions_for(
+    start: Callable[[], MED],
+    tokenizer: MEDTokenizer,
+    batches: Source,
+    tmp_path: Path,
+    change: dict[str, object],
+    message: str,
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(start(), tokenizer, batches, _config(**change), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_train_refuses_itm_where_nothing_can_draw_its_negatives(
+    config: MEDConfig, tokenizer: MEDTokenizer, batches: Source, tmp_path: Path
+) -> None:
+    model = build_model(dataclasses.replace(config, heads=("itm",)), seed=0)
+    with pytest.raises(
+        ConfigError, match="negatives are drawn by similarity, needs the head 'itc'"
+    ):
+        train(model, tokenizer, batches, _config(objectives=("itm",)), tmp_path)
 
 
 def test_history_drops_a_line_cut_by_a_kill(

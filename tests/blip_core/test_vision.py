@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from blip_core import CheckpointError, CorruptCheckpoint, MEDConfig, VisionConfig
-from blip_core.vision import build_vision, load_timm_weights, resize_positions
+from blip_core.vision import build_vision, encode_cls, load_timm_weights, resize_positions
 
 
 def _tiny(**changes: object) -> VisionConfig:
@@ -22,6 +22,15 @@ def test_encoder_gives_normalised_tokens_with_cls_first(stem: str) -> None:
     tokens = vision.forward_features(torch.randn(2, 3, 64, 64))
     assert tokens.shape == (2, 17, 32)
     torch.testing.assert_close(tokens.mean(-1), torch.zeros(2, 17), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"stem": "conv", "layer_scale": 0.1}])
+def test_encode_cls_gives_what_the_whole_encoder_gives_for_cls(changes: dict[str, object]) -> None:
+    vision = build_vision(_tiny(image_size_px=64, **changes)).eval()
+    pixels = torch.randn(3, 3, 64, 64)
+    expected = vision.forward_features(pixels)[:, 0]
+    torch.testing.assert_close(encode_cls(vision, pixels), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stem", ["linear", "conv"])

@@ -6,7 +6,15 @@ import pytest
 from pydantic import ValidationError
 
 from flows.errors import SettingsError
-from flows.settings import BootstrapSettings, describe, load_settings, merge, parse_settings
+from flows.settings import (
+    TRAIN_ADDED_LATER,
+    BootstrapSettings,
+    describe,
+    load_settings,
+    merge,
+    parse_settings,
+    train_basis,
+)
 from flows.steps.train import warn_if_stuck
 
 
@@ -105,6 +113,46 @@ def test_machine_settings_do_not_make_another_round() -> None:
     assert here.as_basis() != load_settings("quickstart", ["decide.threshold=0.6"]).as_basis()
 
 
+@pytest.mark.parametrize(
+    ("section", "said"),
+    [
+        ({"source_weights": {"web": 1, "synthetic": 1, "human": 2}}, "captions_per_epoch: one"),
+        ({"captions_per_epoch": "one", "source_weights": {"web": 1}}, "they name web"),
+        (
+            {"captions_per_epoch": "one", "source_weights": {"web": 1, "crawl": 1, "human": 1}},
+            "they name web, crawl, human",
+        ),
+        (
+            {"captions_per_epoch": "one", "source_weights": {"web": 0, "synthetic": 0, "human": 0}},
+            "all 0",
+        ),
+        (
+            {
+                "captions_per_epoch": "one",
+                "source_weights": {"web": 1, "synthetic": -1, "human": 1},
+            },
+            "source_weights.synthetic",
+        ),
+    ],
+)
+def test_source_weights_that_could_not_be_drawn_by_are_refused(
+    section: dict[str, object], said: str
+) -> None:
+    with pytest.raises(SettingsError, match=said):
+        parse_settings({"preset": "quickstart", "retrain": section})
+
+
+def test_drawn_captions_make_another_model_and_the_default_the_one_of_older_lakes() -> None:
+    weights = ["source_weights.web=1", "source_weights.synthetic=1", "source_weights.human=2"]
+    changes = [f"pretrain.{change}" for change in ("captions_per_epoch=one", *weights)]
+    default = train_basis(load_settings("quickstart").pretrain)
+    assert default.keys().isdisjoint({"captions_per_epoch", "source_weights"})
+    assert train_basis(load_settings("quickstart", changes).pretrain) == default | {
+        "captions_per_epoch": "one",
+        "source_weights": {"web": 1.0, "synthetic": 1.0, "human": 2.0},
+    }
+
+
 def test_training_that_ends_at_the_constant_answer_says_so() -> None:
     assert warn_if_stuck("filter", [{"loss_itm": 0.70}, {"loss_itm": 0.6390}])
     assert not warn_if_stuck("filter", [{"loss_itm": 0.64}, {"loss_itm": 0.41}])
@@ -113,3 +161,17 @@ def test_training_that_ends_at_the_constant_answer_says_so() -> None:
 
 def test_merge_replaces_lists_and_merges_mappings() -> None:
     assert merge({"a": {"b": 1, "c": [1, 2]}}, {"a": {"c": [3]}}) == {"a": {"b": 1, "c": [3]}}
+
+
+def test_fields_younger_than_the_first_lakes_are_in_no_basis_at_their_defaults() -> None:
+    basis = load_settings("quickstart", []).as_basis()
+    assert not {"dropout", "text_depth"} & set(basis["model"])
+    assert not set(TRAIN_ADDED_LATER) & set(basis["pretrain"])
+    changed = load_settings("quickstart", ["model.dropout=0.2", "pretrain.fresh_lr_scale=2"])
+    assert changed.as_basis()["model"]["dropout"] == 0.2
+    assert changed.as_basis()["pretrain"]["fresh_lr_scale"] == 2
+
+
+def test_batches_that_processes_cannot_share_equally_are_refused() -> None:
+    with pytest.raises(SettingsError, match=r"batch_size 64 .* train_processes 3"):
+        load_settings("quickstart", ["machine.train_processes=3"])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -15,9 +16,11 @@ from cycle import ROOT, tiny_settings
 from PIL import Image
 
 from blip_core import TrainingError
+from flows import rank
 from flows.session import Run
 from flows.settings import parse_settings
 from flows.steps.plans import HUMAN_SQL
+from flows.steps.ranks import ERROR
 from flows.steps.train import TrainPlan, train_model
 from storage import CaptionSetConfig, Lake, ingest_captions, query
 
@@ -91,6 +94,56 @@ def test_training_in_processes_that_cannot_share_a_batch_says_why(run: Run) -> N
     plan = dataclasses.replace(_plan(run), settings=settings.pretrain)
     with pytest.raises(TrainingError, match="batch_size 7 cannot be shared equally by 2 ranks"):
         train_model(run, plan, lambda *_: None)
+
+
+JOB: dict[str, Any] = {
+    "settings": {"preset": None, "machine": {"device": "cpu"}},
+    "round": 0,
+    "scratch": None,
+    "plan": {
+        "name": "pretrain",
+        "role": "med",
+        "round": 0,
+        "sql": HUMAN_SQL,
+        "objectives": ["lm"],
+        "parent": None,
+        "tokenizer_of": None,
+        "settings": {},
+    },
+    "rows": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "said"),
+    [
+        ({}, "LakeNotFound", "no lake at"),
+        ({"settings": {"preset": None, "machine": {"device": "fast"}}}, "SettingsError", "fast"),
+        ({"settings": {"preset": None, "seeds": 1}}, "SettingsError", "seeds"),
+        ({"parent": "none"}, "TypeError", "int"),
+    ],
+)
+def test_rank_tells_type_and_message_of_every_error(
+    changes: dict[str, Any], name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    job = JOB | {"parent": os.getpid()} | changes
+    job["settings"] = {**job["settings"]}
+    if "machine" in job["settings"]:
+        lake = {"lake": str(tmp_path / "lake")}
+        job["settings"]["machine"] = job["settings"]["machine"] | lake
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    with pytest.raises(Exception, match=said) as raised:
+        rank.main(tmp_path / "job.json")
+    assert type(raised.value).__name__ == name
+    assert (tmp_path / ERROR).read_text() == f"{name}: {raised.value}"
+
+
+def test_rank_leaves_the_error_that_another_told_first(tmp_path: Path) -> None:
+    (tmp_path / ERROR).write_text("OutOfMemoryError: the GPU is full")
+    with pytest.raises(FileNotFoundError):
+        rank.main(tmp_path / "job.json")
+    assert (tmp_path / ERROR).read_text() == "OutOfMemoryError: the GPU is full"
 
 
 def test_ranks_end_when_the_process_that_started_them_is_killed(run: Run, tmp_path: Path) -> None:
