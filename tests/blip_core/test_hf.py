@@ -350,7 +350,7 @@ def test_export_needs_to_know_the_special_ids(
     [
         ("own", "tokenizer.json"),
         ("hf-captioning", "preprocessor_config.json"),
-        ("hf-retrieval", "model.safetensors"),
+        ("hf-retrieval", "tokenizer_config.json"),
     ],
 )
 def test_config_is_written_last_in_every_layout(

@@ -118,7 +118,11 @@ JOB: dict[str, Any] = {
     ("changes", "name", "said"),
     [
         ({}, "LakeNotFound", "no lake at"),
-        ({"settings": {"preset": None, "machine": {"device": "fast"}}}, "SettingsError", "fast"),
+        (
+            {"settings": {"preset": None, "machine": {"device": "cuda:1"}}, "world": "2"},
+            "ConfigError",
+            "one GPU",
+        ),
         ({"settings": {"preset": None, "seeds": 1}}, "SettingsError", "seeds"),
         ({"parent": "none"}, "TypeError", "int"),
     ],
@@ -126,7 +130,8 @@ JOB: dict[str, Any] = {
 def test_rank_tells_type_and_message_of_every_error(
     changes: dict[str, Any], name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", changes.get("world", "1"))
     job = JOB | {"parent": os.getpid()} | changes
     job["settings"] = {**job["settings"]}
     if "machine" in job["settings"]:
