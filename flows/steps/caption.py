@@ -25,7 +25,7 @@ from storage import (
 
 logger = logging.getLogger(__name__)
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 
 def caption_shard(

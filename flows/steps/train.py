@@ -60,7 +60,7 @@ from storage import (
 
 logger = logging.getLogger(__name__)
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 FINAL = "final"
 TEXTS_AT_ONCE = 65_536
 SKIPPED = "skipped.txt"
