@@ -100,7 +100,9 @@ def gradients(own: Batch, world: World) -> tuple[dict[str, Tensor], dict[str, fl
     torch.manual_seed(11)
     shared = torch.Generator().manual_seed(11) if world.size > 1 else None
     (weight,) = forward.lm_weights([inputs])
-    losses = forward(inputs, distill_alpha=0.4, lm_weight=weight, generator=shared)
+    losses = forward(
+        inputs, distill_alpha=0.4, negative_hardness=1.0, lm_weight=weight, generator=shared
+    )
     losses.total.backward()
     numbers = losses.numbers()
     names = [name for name in numbers if "cosine" not in name and "accuracy" not in name]
