@@ -173,5 +173,5 @@ def test_fields_younger_than_the_first_lakes_are_in_no_basis_at_their_defaults()
 
 
 def test_batches_that_processes_cannot_share_equally_are_refused() -> None:
-    with pytest.raises(SettingsError, match=r"batch_size 64 .* train_processes 3"):
+    with pytest.raises(SettingsError, match=r"batch_size 64 .*train_processes 3"):
         load_settings("quickstart", ["machine.train_processes=3"])
