@@ -235,8 +235,9 @@ class TextTransformer(nn.Module):
         positions = torch.arange(offset, offset + num_tokens, device=input_ids.device)
         embedded = self.word_embeddings(input_ids) + self.position_embeddings(positions)
         hidden = dropout(self.embedding_norm(embedded), self.config.dropout, self.training)
-        if torch.is_autocast_enabled(hidden.device.type):  # else every layer would cast it again
-            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        device = hidden.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            hidden = hidden.to(torch.get_autocast_dtype(device))  # else every layer casts it again
         mask = _attention_mask(attention_mask, num_tokens, offset, mode, input_ids.device)
         present: list[KeyValue] = []
         for index, layer in enumerate(self.layers):
