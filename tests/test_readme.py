@@ -113,8 +113,9 @@ def _write_lake(folder: Path, tokenizer: MEDTokenizer) -> None:
     model = build_model(MEDConfig.preset("tiny", vocab_size=tokenizer.vocab_size), seed=0)
     local = lake.scratch("captioner")
     save_model(model, tokenizer, local)
+    config = {"model": settings.model.model_dump(mode="json")}  # as a training leaves it
     registry.register(
-        lake, local, role="captioner", round=1, parent_id=None, trained_on=None, config={}
+        lake, local, role="captioner", round=1, parent_id=None, trained_on=None, config=config
     )
 
 
