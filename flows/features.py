@@ -1,7 +1,8 @@
 """Image tokens of a vision encoder that is not trained: computed once, read in every epoch.
 
-An image's place in the file is the number of images before it that could be decoded. The file is made anew by a run that was killed while it was written:
-images are encoded in the same batches every time, and so to the same bits.
+An image's place in the file is the number of images before it that could be decoded. A run that
+was killed while the file was written makes it anew: images are encoded in the same batches every
+time, and so to the same bits.
 """
 
 from __future__ import annotations
