@@ -76,7 +76,7 @@ class TrainConfig:
     """Where hard negatives of ITM come from when several ranks train: the rank's own batch, or all."""
     hard_negatives_ramp_steps: int = 0
     """Steps over which negatives of ITM go from even draws to draws by similarity; 0 is the paper's, from the
-    first step. In a run of a few hundred steps hard negatives keep ITM at its constant answer."""
+    first step. In a run of a few hundred steps hard negatives can hold ITM at its constant answer."""
     prompt: str = ""
     """Put before every caption of the language-modelling objective; not supervised."""
     max_text_tokens: int = 30
