@@ -27,7 +27,7 @@ from blip_core import (
 )
 from blip_core import train as run_training
 from blip_core.distributed import current_world
-from blip_core.watch import CONSTANT_ITM_LOSS, NOT_REPEATABLE
+from blip_core.watch import CONSTANT_ITM_LOSS, ITM_TOLERANCE, NOT_REPEATABLE
 from flows import models
 from flows.boards import Boards
 from flows.errors import SettingsError
@@ -290,7 +290,7 @@ def _order(run: Run, plan: TrainPlan, rows: TrainSet) -> EpochOrder:
 def warn_if_stuck(name: str, history: list[dict[str, Any]]) -> bool:
     """Say so when matching ended where a constant answer would: the filter would drop everything."""
     losses = [line["loss_itm"] for line in history if line.get("loss_itm") is not None]
-    if not losses or abs(losses[-1] - CONSTANT_ITM_LOSS) > 0.005:
+    if not losses or abs(losses[-1] - CONSTANT_ITM_LOSS) > ITM_TOLERANCE:
         return False
     logger.warning(
         "%s: loss_itm ended at %.4f, what one constant answer gives (%.4f): matching has learned "

@@ -360,3 +360,32 @@ def test_compiled_blocks_train_what_plain_ones_do_and_are_plain_afterwards(
     assert result.final["loss"] == pytest.approx(expected.final["loss"], rel=1e-4)
     assert all(compiled)
     assert model.vision.blocks[0]._compiled_call_impl is None
+
+
+@pytest.mark.parametrize("change", [{"hard_negatives_ramp_steps": 100}, {"fresh_lr_scale": 10.0}])
+def test_settings_for_short_runs_reach_the_step(
+    start: Start,
+    tokenizer: MEDTokenizer,
+    batches: Source,
+    tmp_path: Path,
+    change: dict[str, float],
+) -> None:
+    plain, changed = start(), start()
+    train(plain, tokenizer, batches, _config(), tmp_path / "plain")
+    train(changed, tokenizer, batches, _config(**change), tmp_path / "changed")
+    assert not _same(plain, changed)
+
+
+def test_fresh_parts_move_more_where_their_rate_is_scaled(
+    start: Start, tokenizer: MEDTokenizer, batches: Source, tmp_path: Path
+) -> None:
+    def moved(scale: float) -> dict[str, float]:
+        before, model = start().state_dict(), start()
+        config = _config(steps=1, fresh_lr_scale=scale, grad_clip_norm=None, weight_decay=0.0)
+        train(model, tokenizer, batches, config, tmp_path / str(scale))
+        return {k: float((v - before[k]).norm()) for k, v in model.state_dict().items()}
+
+    once, tenfold = moved(1.0), moved(10.0)
+    assert tenfold["itm_head.weight"] == pytest.approx(10 * once["itm_head.weight"], rel=1e-2)
+    name = "text.layers.0.feed_forward.output.weight"
+    assert tenfold[name] == pytest.approx(once[name], rel=1e-2)
