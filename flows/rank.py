@@ -23,8 +23,9 @@ from blip_core.distributed import join_world
 from flows.sections import TrainSettings
 from flows.session import Run
 from flows.settings import parse_settings
+from flows.steps.plan import TrainPlan
 from flows.steps.ranks import ERROR, HISTORY, PROGRESS
-from flows.steps.train import TrainPlan, fit
+from flows.steps.train import fit
 from storage import Lake, ModelRef, TrainSetRef
 
 SECONDS_BETWEEN_LOOKS = 1.0

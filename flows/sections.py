@@ -52,6 +52,8 @@ class MachineSettings(Section):
     """Threads that read and decode images ahead of the model."""
     train_processes: int = Field(default=1, ge=1)
     """Processes that train one model together, on GPUs one for each; they share every batch."""
+    train_sharding: Literal["none", "full"] = "none"
+    """With several train_processes: `full` splits weights, gradients and optimizer state over them."""
     on_stale: Literal["error", "rebuild"] = "error"
     """What to do with a part whose fingerprint differs: stop with the reason, or rebuild it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flows import models
 from flows.errors import MissingInput
 from flows.session import Run
-from flows.steps.train import ALL_OBJECTIVES, TrainPlan
+from flows.steps.plan import ALL_OBJECTIVES, TrainPlan
 from storage import ModelRef, layout, list_parts
 
 HUMAN_SQL = "SELECT DISTINCT image_id, caption, source FROM human"

@@ -5,41 +5,27 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from blip_core import (
-    MED,
-    EvalTransform,
-    LoadedModel,
-    MEDConfig,
-    MEDTokenizer,
-    TrainConfig,
-    TrainLog,
-    TrainTransform,
-    build_model,
-    init_from_bert,
-    load_timm_weights,
-    save_model,
-)
+from blip_core import MED, EvalTransform, TrainLog, TrainTransform, save_model
 from blip_core import train as run_training
 from blip_core.distributed import current_world
-from blip_core.watch import CONSTANT_ITM_LOSS, ITM_TOLERANCE, NOT_REPEATABLE
 from flows import models
 from flows.boards import Boards
-from flows.errors import SettingsError
 from flows.features import FrozenFeatures, frozen_features
 from flows.feed import TrainFeed
 from flows.order import EpochOrder
-from flows.sections import TrainSettings
 from flows.session import Run
 from flows.settings import model_basis, train_basis
 from flows.skipped import SkippedRows
 from flows.steps.batches import rows_table
+from flows.steps.curve import curve_rows, warn_if_stuck
+from flows.steps.plan import TrainPlan, train_config
 from flows.steps.ranks import train_in_ranks
+from flows.steps.start import start_of
 from storage import (
     Clock,
     Lake,
@@ -51,7 +37,6 @@ from storage import (
     build_trainset,
     commit_part,
     committed_part,
-    connect,
     fingerprint_of,
     open_trainset,
     read_part,
@@ -62,37 +47,9 @@ logger = logging.getLogger(__name__)
 
 STAGE_VERSION = 2
 FINAL = "final"
-TEXTS_AT_ONCE = 65_536
 SKIPPED = "skipped.txt"
 ROWS_SKIPPED = "rows_skipped"
 """Metric of a finished training: rows passed over because their image could not be decoded."""
-NOT_IN_CURVES = ("step", *NOT_REPEATABLE)
-"""Of a history line: the step is the row's n, and speed and memory differ between equal runs."""
-OF_THE_FEED = ("augment", "cache_vision", "captions_per_epoch", "source_weights")
-"""Settings that say what batches hold; the engine does not know them."""
-
-Objective = Literal["itc", "itm", "lm"]
-ALL_OBJECTIVES: tuple[Objective, ...] = ("itc", "itm", "lm")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainPlan:
-    """What is trained, on which rows, from where."""
-
-    name: str
-    """pretrain, captioner, filter or retrain."""
-    role: str
-    """Role in the registry: med, captioner or filter."""
-    round: int
-    """Round that the model belongs to; 0 for pretraining."""
-    sql: str
-    """Rows of the training set: image_id, caption, source."""
-    objectives: tuple[Objective, ...]
-    parent: ModelRef | None
-    """Model to finetune; None trains a new one (paper, Table 13)."""
-    tokenizer_of: ModelRef | None
-    """Model whose tokenizer a new model takes over; None trains or loads one."""
-    settings: TrainSettings
 
 
 def train_model(
@@ -121,7 +78,7 @@ def train_model(
     folder = run.lake.scratch("train", f"{plan.name}-{fingerprint_of(basis)[:16]}")
     if run.settings.machine.train_processes > 1:
         if plan.settings.cache_vision:  # here: ranks that wait for one another do not wait for long
-            _features(run, plan, rows, _start(run, plan).model, folder, on_progress)
+            _features(run, plan, rows, start_of(run, plan).model, folder, on_progress)
         history = _fit_in_ranks(run, plan, rows, folder, on_progress)
     else:
         history = fit(run, plan, rows, folder, on_progress)
@@ -134,8 +91,8 @@ def train_model(
         trained_on=rows.fingerprint,
         config=basis["config"],
     )
-    curve_rows = rows_table("metrics", _curve(plan, ref, history))
-    commit_part(run.lake, "metrics", name, curve_rows, round=plan.round, basis=basis, clock=clock)
+    table = rows_table("metrics", curve_rows(plan, ref, history))
+    commit_part(run.lake, "metrics", name, table, round=plan.round, basis=basis, clock=clock)
     shutil.rmtree(folder)
     return ref, True
 
@@ -190,9 +147,10 @@ def fit(
     Ranks of a process group train together.
     """
     world = current_world()
-    loaded = _start(run, plan)
+    loaded = start_of(run, plan)
     feed = _feed(run, plan, rows, loaded.model, folder, on_progress)
-    config = train_config(plan, run.settings.seed, feed.rows_per_epoch)
+    sharding = run.settings.machine.train_sharding
+    config = train_config(plan, run.settings.seed, feed.rows_per_epoch, sharding=sharding)
     curves = run.lake.scratch("tensorboard", f"{plan.name}-round-{plan.round}")
     shown = train_basis(plan.settings)
     with Boards(curves, folder.name, shown) if world.is_first else nullcontext() as boards:
@@ -287,48 +245,6 @@ def _order(run: Run, plan: TrainPlan, rows: TrainSet) -> EpochOrder:
     )
 
 
-def warn_if_stuck(name: str, history: list[dict[str, Any]]) -> bool:
-    """Say so when matching ended where a constant answer would: the filter would drop everything."""
-    losses = [line["loss_itm"] for line in history if line.get("loss_itm") is not None]
-    if not losses or abs(losses[-1] - CONSTANT_ITM_LOSS) > ITM_TOLERANCE:
-        return False
-    logger.warning(
-        "%s: loss_itm ended at %.4f, what one constant answer gives (%.4f): matching has learned "
-        "nothing yet. Train for more steps, raise the learning rate, or start from trained weights",
-        name,
-        losses[-1],
-        CONSTANT_ITM_LOSS,
-    )
-    return True
-
-
-def _curve(plan: TrainPlan, ref: ModelRef, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The history as rows of `metrics`: dataset train-<plan>, n = step."""
-    return [
-        {
-            "round": plan.round,
-            "model_id": ref.model_id,
-            "dataset": f"train-{plan.name}",
-            "metric": metric,
-            "value": value,
-            "n": line["step"],
-        }
-        for line in history
-        for metric, value in line.items()
-        if metric not in NOT_IN_CURVES and value is not None
-    ]
-
-
-def train_config(plan: TrainPlan, seed: int, rows_per_epoch: int) -> TrainConfig:
-    """The core's configuration of a plan whose epochs have `rows_per_epoch` rows."""
-    settings = plan.settings
-    fields = settings.model_dump(exclude=set(OF_THE_FEED))
-    if settings.schedule == "epoch_decay" and settings.steps_per_epoch is None:
-        rows_a_step = settings.batch_size * settings.accumulate_steps
-        fields["steps_per_epoch"] = max(1, round(rows_per_epoch / rows_a_step))
-    return TrainConfig(objectives=plan.objectives, seed=seed, **fields)
-
-
 def _basis(run: Run, plan: TrainPlan, rows: TrainSetRef) -> dict[str, Any]:
     """Everything that the weights depend on."""
     config = {
@@ -343,54 +259,3 @@ def _basis(run: Run, plan: TrainPlan, rows: TrainSetRef) -> dict[str, Any]:
         config["ranks"] = ranks  # each draws its negatives from its own part of a batch
     parent = plan.parent.model_id if plan.parent else ""
     return basis_of(f"train-{plan.name}", STAGE_VERSION, config, [rows.fingerprint], parent)
-
-
-def _start(run: Run, plan: TrainPlan) -> LoadedModel:
-    """The model before its first step: the parent, or a new one."""
-    settings = run.settings.model
-    if plan.parent is not None:
-        loaded = models.load_copy(
-            run,
-            plan.parent,
-            image_size_px=settings.finetune_image_size_px,
-            dropout=settings.dropout,
-        )
-        depth = loaded.model.config.text.depth
-        if settings.text_depth not in (None, depth):
-            raise SettingsError(
-                f"model.text_depth is {settings.text_depth}, but the model to finetune has {depth} "
-                "layers: leave it out"
-            )
-        return loaded
-    if plan.tokenizer_of is not None:
-        tokenizer = models.load(run, plan.tokenizer_of).tokenizer
-    elif settings.tokenizer == "train":
-        tokenizer = MEDTokenizer.train(_texts(run.lake, plan.sql), settings.vocab_size)
-    else:
-        tokenizer = MEDTokenizer.from_pretrained(settings.tokenizer)
-    model = build_model(model_config(run, tokenizer.vocab_size), seed=run.settings.seed)
-    if settings.init_vision:
-        load_timm_weights(model.vision, Path(settings.init_vision))
-    if settings.init_text:
-        init_from_bert(model.text, Path(settings.init_text), lm_head=model.lm_head)
-    return LoadedModel(model=model.to(run.device), tokenizer=tokenizer, model_id="")
-
-
-def model_config(run: Run, vocab_size: int) -> MEDConfig:
-    """The preset, with what the settings change of it."""
-    settings = run.settings.model
-    config = MEDConfig.preset(
-        settings.preset, vocab_size=vocab_size, image_size_px=settings.image_size_px
-    )
-    changes: dict[str, Any] = {"depth": settings.text_depth, "dropout": settings.dropout}
-    given = {name: value for name, value in changes.items() if value is not None}
-    return dataclasses.replace(config, text=dataclasses.replace(config.text, **given))
-
-
-def _texts(lake: Lake, sql: str) -> Iterator[str]:
-    """The distinct texts of a training set, sorted: what a vocabulary is learned from."""
-    with connect(lake) as connection:
-        query = f"SELECT DISTINCT caption FROM ({sql}) WHERE caption IS NOT NULL ORDER BY caption"
-        found = connection.execute(query)
-        while rows := found.fetchmany(TEXTS_AT_ONCE):
-            yield from (row[0] for row in rows)

@@ -19,10 +19,12 @@ from blip_core import TrainingError
 from flows import rank
 from flows.session import Run
 from flows.settings import parse_settings
+from flows.steps import train as train_step
+from flows.steps.plan import TrainPlan
 from flows.steps.plans import HUMAN_SQL
 from flows.steps.ranks import ERROR
-from flows.steps.train import TrainPlan, train_model
-from storage import CaptionSetConfig, Lake, ingest_captions, query
+from flows.steps.train import train_model
+from storage import CaptionSetConfig, Lake, build_trainset, ingest_captions, query
 
 NUM_IMAGES = 12
 
@@ -68,7 +70,11 @@ def _curve(run: Run) -> list[float]:
     return [row["value"] for row in lines.to_pylist()]
 
 
-def test_training_in_two_processes_learns_what_one_would(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_training_in_two_processes_learns_what_one_would(
+    sharding: str, run: Run, tmp_path: Path
+) -> None:
+    run = Run(run.lake, run.settings.with_changes({"machine": {"train_sharding": sharding}}), 0)
     told = []
     ref, built = train_model(run, _plan(run), lambda *progress: told.append(progress))
     assert built
@@ -77,16 +83,32 @@ def test_training_in_two_processes_learns_what_one_would(run: Run, tmp_path: Pat
     again, built = train_model(run, _plan(run), lambda *_: None)
     assert (again, built) == (ref, False), "the number of processes makes no other model"
 
-    alone = parse_settings(
-        run.settings.model_dump(mode="json")
-        | {"machine": run.settings.machine.model_dump() | {"train_processes": 1}}
-    )
+    machine = {"train_processes": 1, "train_sharding": "none"}
+    alone = run.settings.with_changes({"machine": machine})
+    assert train_model(Run(run.lake, alone, 0), _plan(run), lambda *_: None) == (ref, False)
     copy = tmp_path / "copy"
     (run.lake.root.local_path("tables") / "metrics").rename(tmp_path / "shared-metrics")
     other = Run(Lake.open(str(tmp_path / "lake"), scratch_root=copy), alone, 0)
     _, built = train_model(other, _plan(other), lambda *_: None)
     assert built
     assert shared == pytest.approx(_curve(other), rel=1e-4)
+
+
+def test_sharding_of_the_settings_reaches_the_engine(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Seen(Exception):
+        pass
+
+    def engine(*args: object, **kwargs: object) -> None:
+        raise Seen(args[3].sharding)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(train_step, "run_training", engine)
+    rows = build_trainset(run.lake, HUMAN_SQL, name="pretrain")
+    for sharding in ("full", "none"):
+        changed = run.settings.with_changes({"machine": {"train_sharding": sharding}})
+        with pytest.raises(Seen, match=sharding):
+            train_step.fit(Run(run.lake, changed, 0), _plan(run), rows, tmp_path, lambda *_: None)
 
 
 def test_training_in_processes_that_cannot_share_a_batch_says_why(run: Run) -> None:
