@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -70,11 +71,7 @@ def _curve(run: Run) -> list[float]:
     return [row["value"] for row in lines.to_pylist()]
 
 
-@pytest.mark.parametrize("sharding", ["none", "full"])
-def test_training_in_two_processes_learns_what_one_would(
-    sharding: str, run: Run, tmp_path: Path
-) -> None:
-    run = Run(run.lake, run.settings.with_changes({"machine": {"train_sharding": sharding}}), 0)
+def test_training_in_two_processes_learns_what_one_would(run: Run, tmp_path: Path) -> None:
     told = []
     ref, built = train_model(run, _plan(run), lambda *progress: told.append(progress))
     assert built
@@ -83,7 +80,7 @@ def test_training_in_two_processes_learns_what_one_would(
     again, built = train_model(run, _plan(run), lambda *_: None)
     assert (again, built) == (ref, False), "the number of processes makes no other model"
 
-    machine = {"train_processes": 1, "train_sharding": "none"}
+    machine = {"train_processes": 1}
     alone = run.settings.with_changes({"machine": machine})
     assert train_model(Run(run.lake, alone, 0), _plan(run), lambda *_: None) == (ref, False)
     copy = tmp_path / "copy"
@@ -109,6 +106,41 @@ def test_sharding_of_the_settings_reaches_the_engine(
         changed = run.settings.with_changes({"machine": {"train_sharding": sharding}})
         with pytest.raises(Seen, match=sharding):
             train_step.fit(Run(run.lake, changed, 0), _plan(run), rows, tmp_path, lambda *_: None)
+
+
+def test_rank_killed_in_the_middle_ends_the_others_and_the_same_command_goes_on_to_the_same_bits(
+    run: Run, tmp_path: Path
+) -> None:
+    changes = {
+        "machine": {"train_sharding": "full"},
+        "model": {"dropout": 0.1},
+        "pretrain": {"steps": 30, "checkpoint_every_steps": 4, "log_every_steps": 1},
+    }
+    run = Run(run.lake, run.settings.with_changes(changes), 0)
+    family: list[psutil.Process] = []
+
+    def kill(step: int, *_: object) -> None:
+        if step < 10 or family:
+            return
+        family.extend(psutil.Process().children(recursive=True))
+        victims = [each for each in family if each.environ().get("RANK") == "1"]
+        assert len(family) >= 3, "torchrun and two ranks"
+        os.kill(victims[0].pid, signal.SIGKILL)
+
+    with pytest.raises(TrainingError, match="rank 1 was ended by SIGKILL: .* same command"):
+        train_model(run, _plan(run), kill)
+    assert psutil.wait_procs(family, timeout=30)[1] == []
+    steps = []
+    ref, built = train_model(run, _plan(run), lambda step, *_: steps.append(step))
+    assert built
+    assert 1 < steps[0] <= 13, "from the last checkpoint"
+    assert steps[-1] == 30
+
+    metrics = run.lake.root.local_path("tables") / "metrics"
+    metrics.rename(tmp_path / "metrics-of-the-killed")
+    undisturbed, built = train_model(run, _plan(run), lambda *_: None)
+    assert built
+    assert undisturbed.model_id == ref.model_id, "its id is the hash of its weights"
 
 
 def test_training_in_processes_that_cannot_share_a_batch_says_why(run: Run) -> None:
