@@ -28,9 +28,9 @@ from flows.sections import (
     ReportSettings,
     ScoreSettings,
     Section,
-    TrainSettings,
     WorldSettings,
 )
+from flows.train_section import TrainSettings
 
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 PRESET_FOLDER_VARIABLE = "BOOTSTRAP_CONFIGS"
@@ -68,6 +68,9 @@ TRAIN_ADDED_LATER = (
     "cache_vision",
     "captions_per_epoch",
     "source_weights",
+    "dev_share",
+    "evaluate_every_steps",
+    "patience",
 )
 """Fields younger than the first lakes: at its default each does what was done before it, and is
 left out of fingerprints, so that those lakes stay valid."""

@@ -44,7 +44,9 @@ def start_of(run: Run, plan: TrainPlan) -> LoadedModel:
     if plan.tokenizer_of is not None:
         tokenizer = models.load(run, plan.tokenizer_of).tokenizer
     elif settings.tokenizer == "train":
-        tokenizer = MEDTokenizer.train(_texts(run.lake, plan.sql), settings.vocab_size)
+        tokenizer = MEDTokenizer.train(
+            _texts(run.lake, plan.train_sql(run.settings.seed)), settings.vocab_size
+        )
     else:
         tokenizer = MEDTokenizer.from_pretrained(settings.tokenizer)
     model = build_model(model_config(run, tokenizer.vocab_size), seed=run.settings.seed)

@@ -5,16 +5,25 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from blip_core import MED, EvalTransform, TrainLog, TrainTransform, save_model
+from blip_core import (
+    MED,
+    EvalTransform,
+    TrainConfig,
+    TrainLog,
+    TrainResult,
+    TrainTransform,
+    save_model,
+)
 from blip_core import train as run_training
 from blip_core.distributed import current_world
 from flows import models
 from flows.boards import Boards
+from flows.dev import DevSet, build_sets
 from flows.features import FrozenFeatures, frozen_features
 from flows.feed import TrainFeed
 from flows.order import EpochOrder
@@ -34,7 +43,6 @@ from storage import (
     TrainSet,
     TrainSetRef,
     basis_of,
-    build_trainset,
     commit_part,
     committed_part,
     fingerprint_of,
@@ -47,9 +55,13 @@ logger = logging.getLogger(__name__)
 
 STAGE_VERSION = 2
 FINAL = "final"
+FEATURES = "features"
+DEV_FEATURES = "dev-features"
 SKIPPED = "skipped.txt"
 ROWS_SKIPPED = "rows_skipped"
 """Metric of a finished training: rows passed over because their image could not be decoded."""
+BEST_STEP = "best_step"
+"""Metric of a finished training that held pairs back: the step whose weights the model has."""
 
 
 def train_model(
@@ -63,10 +75,10 @@ def train_model(
     Raises:
         EmptyTrainSet: the plan's query gives no rows.
         StaleOutput: this round's model was made from something else; names what differs.
-        SettingsError: `source_weights` do not fit the rows.
+        SettingsError: `source_weights` or `dev_share` do not fit the rows.
     """
-    rows = build_trainset(run.lake, plan.sql, name=plan.name)
-    basis = _basis(run, plan, rows)
+    rows, dev = build_sets(run, plan)
+    basis = _basis(run, plan, rows, dev)
     name = f"train-{plan.name}"
     curve = committed_part(
         run.lake, "metrics", name, round=plan.round, basis=basis, on_stale=run.on_stale
@@ -78,10 +90,13 @@ def train_model(
     folder = run.lake.scratch("train", f"{plan.name}-{fingerprint_of(basis)[:16]}")
     if run.settings.machine.train_processes > 1:
         if plan.settings.cache_vision:  # here: ranks that wait for one another do not wait for long
-            _features(run, plan, rows, start_of(run, plan).model, folder, on_progress)
-        history = _fit_in_ranks(run, plan, rows, folder, on_progress)
+            model = start_of(run, plan).model
+            _features(run, plan, rows, model, folder / FEATURES, on_progress)
+            if dev is not None:
+                _features(run, plan, dev, model, folder / DEV_FEATURES, on_progress)
+        history = _fit_in_ranks(run, plan, rows, dev, folder, on_progress)
     else:
-        history = fit(run, plan, rows, folder, on_progress)
+        history = fit(run, plan, rows, folder, on_progress, dev=dev)
     ref = registry.register(
         run.lake,
         folder / FINAL,
@@ -108,6 +123,7 @@ def _fit_in_ranks(
     run: Run,
     plan: TrainPlan,
     rows: TrainSetRef,
+    dev: TrainSetRef | None,
     folder: Path,
     on_progress: Callable[[int, int, str], None],
 ) -> list[dict[str, Any]]:
@@ -125,6 +141,7 @@ def _fit_in_ranks(
         "scratch": str(scratch) if scratch else None,
         "plan": values | refs | {"settings": plan.settings.model_dump(mode="json")},
         "rows": dataclasses.asdict(rows),
+        "dev": dataclasses.asdict(dev) if dev is not None else None,
     }
     return train_in_ranks(
         job,
@@ -141,25 +158,35 @@ def fit(
     rows: TrainSetRef,
     folder: Path,
     on_progress: Callable[[int, int, str], None],
+    *,
+    dev: TrainSetRef | None = None,
 ) -> list[dict[str, Any]]:
     """Train and save to `folder/final`; returns the history, and last a line of `rows_skipped`.
 
-    Ranks of a process group train together.
+    With `dev`, the model is evaluated on it, and what is saved is the best one; the last line has its
+    `best_step`. Ranks of a process group train together.
     """
     world = current_world()
     loaded = start_of(run, plan)
     feed = _feed(run, plan, rows, loaded.model, folder, on_progress)
     sharding = run.settings.machine.train_sharding
     config = train_config(plan, run.settings.seed, feed.rows_per_epoch, sharding=sharding)
+    held_back = None
+    if dev is not None:
+        held_back = _dev_set(run, plan, dev, loaded.model, folder, on_progress)
     curves = run.lake.scratch("tensorboard", f"{plan.name}-round-{plan.round}")
     shown = train_basis(plan.settings)
     with Boards(curves, folder.name, shown) if world.is_first else nullcontext() as boards:
 
         def on_log(log: TrainLog) -> None:
-            values = dataclasses.asdict(log)
-            if boards is not None:
-                boards.log({k: v for k, v in values.items() if k != "step"}, log.step)
+            _draw(boards, dataclasses.asdict(log), log.step)
             on_progress(log.step, config.steps, f"loss {log.loss:.3f}")
+
+        def evaluate(model: MED, step: int) -> dict[str, float]:
+            assert held_back is not None
+            losses = held_back.losses(model, loaded.tokenizer, config)
+            _draw(boards, losses, step)
+            return losses
 
         try:
             result = run_training(
@@ -170,18 +197,42 @@ def fit(
                 folder / "steps",
                 device=run.device,
                 on_log=on_log,
+                evaluate=evaluate if held_back is not None else None,
             )
         finally:
             feed.close()
     if not world.is_first:
         return result.history
-    positions = result.steps * config.accumulate_steps * config.batch_size
-    num_skipped = SkippedRows(folder / SKIPPED).count(positions)
+    last = _last_line(plan, config, result, SkippedRows(folder / SKIPPED))
+    save_model(loaded.model, loaded.tokenizer, folder / FINAL)
+    return [*result.history, last]
+
+
+def _draw(boards: Boards | None, values: Mapping[str, float | None], step: int) -> None:
+    if boards is not None:
+        boards.log({name: value for name, value in values.items() if name != "step"}, step)
+
+
+def _last_line(
+    plan: TrainPlan, config: TrainConfig, result: TrainResult, skipped: SkippedRows
+) -> dict[str, Any]:
+    """What is known when a training has ended; says in the log what somebody should know of it."""
+    num_skipped = skipped.count(result.steps * config.accumulate_steps * config.batch_size)
+    last: dict[str, Any] = {"step": result.steps, ROWS_SKIPPED: num_skipped}
     if num_skipped:
         logger.warning("%s: %d undecodable rows were passed over", plan.name, num_skipped)
+    if result.best_step is not None:
+        last[BEST_STEP] = result.best_step
+        logger.info(
+            "%s: the model is that of step %d of %d, whose %s was %.4f",
+            plan.name,
+            result.best_step,
+            result.steps,
+            config.best_metric,
+            result.best_value,
+        )
     warn_if_stuck(plan.name, result.history)
-    save_model(loaded.model, loaded.tokenizer, folder / FINAL)
-    return [*result.history, {"step": result.steps, ROWS_SKIPPED: num_skipped}]
+    return last
 
 
 def _feed(
@@ -205,10 +256,33 @@ def _feed(
         seed=run.settings.seed,
         workers=run.settings.machine.decode_workers,
         world=world,
-        features=_features(run, plan, rows, model, folder, on_progress),
+        features=_features(run, plan, rows, model, folder / FEATURES, on_progress),
         order=_order(run, plan, opened),
         skipped=SkippedRows(folder / SKIPPED),
     )
+
+
+def _dev_set(
+    run: Run,
+    plan: TrainPlan,
+    rows: TrainSetRef,
+    model: MED,
+    folder: Path,
+    on_progress: Callable[[int, int, str], None],
+) -> DevSet:
+    """The pairs held back, to evaluate on."""
+    return DevSet(
+        run,
+        open_trainset(run.lake, rows),
+        _eval_transform(run, model),
+        batch_size=plan.settings.batch_size,
+        features=_features(run, plan, rows, model, folder / DEV_FEATURES, on_progress),
+    )
+
+
+def _eval_transform(run: Run, model: MED) -> EvalTransform:
+    mean, std = models.pixel_stats(run)
+    return EvalTransform(model.config.vision.image_size_px, mean=mean, std=std)
 
 
 def _features(
@@ -219,16 +293,15 @@ def _features(
     folder: Path,
     on_progress: Callable[[int, int, str], None],
 ) -> FrozenFeatures | None:
-    """What frozen vision makes of the plan's images, made or found; None when it is not kept."""
+    """What frozen vision makes of the images of `rows`, made or found in `folder`; None when it is not kept."""
     if not plan.settings.cache_vision:
         return None
-    mean, std = models.pixel_stats(run)
     return frozen_features(
         run,
         open_trainset(run.lake, rows),
         model,
-        EvalTransform(model.config.vision.image_size_px, mean=mean, std=std),
-        folder / "features",
+        _eval_transform(run, model),
+        folder,
         dtype=plan.settings.dtype,
         on_progress=lambda done, total: on_progress(done, total, "encoding images"),
     )
@@ -245,7 +318,9 @@ def _order(run: Run, plan: TrainPlan, rows: TrainSet) -> EpochOrder:
     )
 
 
-def _basis(run: Run, plan: TrainPlan, rows: TrainSetRef) -> dict[str, Any]:
+def _basis(
+    run: Run, plan: TrainPlan, rows: TrainSetRef, dev: TrainSetRef | None = None
+) -> dict[str, Any]:
     """Everything that the weights depend on."""
     config = {
         "train": train_basis(plan.settings),
@@ -257,5 +332,7 @@ def _basis(run: Run, plan: TrainPlan, rows: TrainSetRef) -> dict[str, Any]:
     ranks = run.settings.machine.train_processes
     if ranks > 1 and "itm" in plan.objectives and plan.settings.negatives_from == "rank":
         config["ranks"] = ranks  # each draws its negatives from its own part of a batch
+    if dev is not None:
+        config["dev_set"] = dev.fingerprint  # decides which step's weights are kept
     parent = plan.parent.model_id if plan.parent else ""
     return basis_of(f"train-{plan.name}", STAGE_VERSION, config, [rows.fingerprint], parent)

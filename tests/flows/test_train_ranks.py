@@ -127,7 +127,7 @@ def test_rank_killed_in_the_middle_ends_the_others_and_the_same_command_goes_on_
         assert len(family) >= 3, "torchrun and two ranks"
         os.kill(victims[0].pid, signal.SIGKILL)
 
-    with pytest.raises(TrainingError, match="rank 1 was ended by SIGKILL: .* same command"):
+    with pytest.raises(TrainingError, match=r"rank 1 was ended by SIGKILL: .* same command"):
         train_model(run, _plan(run), kill)
     assert psutil.wait_procs(family, timeout=30)[1] == []
     steps = []
