@@ -48,8 +48,9 @@ class Forward:
         if self.is_sharded:
             shard(self._call, model, momentum, device)
 
-    def join(self) -> None:
-        """Give all ranks the first one's weights, and exchange gradients from now on."""
+    def join(self, config: TrainConfig) -> None:
+        """Give all ranks the first one's weights, and exchange gradients from now on; `config` says the dtype."""
+        self.config = config
         if self.world.size == 1 or self.is_sharded:
             return
         self._call = DistributedDataParallel(
@@ -57,7 +58,7 @@ class Forward:
             device_ids=[self.device] if self.device.type == "cuda" else None,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
-            find_unused_parameters=set(self.config.objectives) != set(OBJECTIVES),
+            find_unused_parameters=set(config.objectives) != set(OBJECTIVES),
         )
 
     def __call__(

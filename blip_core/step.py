@@ -82,7 +82,7 @@ class Stepper:
 
     def begin(self) -> None:
         """Join the ranks with the weights as they are now; after loading, before the first step."""
-        self._forward.join()
+        self._forward.join(self.config)
         self.train_mode()
 
     def whole_model(self) -> MED:

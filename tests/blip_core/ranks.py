@@ -102,7 +102,7 @@ def gradients(
     )
     momentum.queue.enqueue(*filler, torch.arange(24), torch.arange(24))
     forward = Forward(model, momentum, config, world, torch.device("cpu"), vision_frozen=False)
-    forward.join()
+    forward.join(config)
     inputs = StepInputs.from_batch(own, words, config.prompt, config.max_text_tokens)
     torch.manual_seed(11)
     shared = torch.Generator().manual_seed(11) if world.size > 1 else None
