@@ -127,13 +127,14 @@ def _registered(lake: Lake, start: LoadedModel, name: str) -> ModelRef:
 
 
 def _plan(run: Run, role: Literal["captioner", "filter"], start: ModelRef) -> TrainPlan:
+    section = run.settings.captioner if role == "captioner" else run.settings.filter
     return TrainPlan(
         name=role,
         role=role,
         round=run.round,
-        sql=HUMAN_SQL,
+        sql=section.sql or HUMAN_SQL,
         objectives=OBJECTIVES[role],
         parent=start,
         tokenizer_of=start,
-        settings=run.settings.captioner if role == "captioner" else run.settings.filter,
+        settings=section,
     )

@@ -11,7 +11,10 @@ from storage.schemas import SOURCES
 
 
 class TrainSettings(Section):
-    """One training run; the fields are those of `blip_core.TrainConfig`."""
+    """One training run; the fields are those of `blip_core.TrainConfig`, and what its rows are."""
+
+    sql: str | None = None
+    """Query over the lake's views that gives the rows: image_id, caption, source; the stage's own when null."""
 
     steps: int = Field(default=100_000, ge=1)
     """Optimizer steps."""
@@ -69,6 +72,10 @@ class TrainSettings(Section):
     an image's captions of one source share it. All alike when not given."""
     augment: Literal["none", "flip_crop", "paper"] = "paper"
     """Image augmentation: none, crop and flip, or crop, flip and RandAugment as in the paper."""
+    min_crop_area: float = Field(default=0.2, gt=0, le=1)
+    """Smallest part of a picture that a crop shows (paper: 0.2 in pretraining, 0.5 in finetuning)."""
+    swap_sides: bool = True
+    """Exchange left and right in the text of a mirrored picture; the released code does not."""
     freeze: tuple[Literal["vision", "text", "text.word_embeddings"], ...] = ()
     """Parts whose weights stay as they are."""
     cache_vision: bool = False

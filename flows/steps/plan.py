@@ -11,7 +11,16 @@ from blip_core.sharding import Sharding
 from flows.train_section import TrainSettings
 from storage import ModelRef
 
-OF_THE_FEED = ("augment", "cache_vision", "captions_per_epoch", "source_weights", "dev_share")
+OF_THE_FEED = (
+    "sql",
+    "captions_per_epoch",
+    "source_weights",
+    "augment",
+    "min_crop_area",
+    "swap_sides",
+    "cache_vision",
+    "dev_share",
+)
 """Settings that say what batches hold; the engine does not know them."""
 
 Objective = Literal["itc", "itm", "lm"]

@@ -251,7 +251,14 @@ def _feed(
     return TrainFeed(
         run.lake,
         opened,
-        TrainTransform(size, augment=settings.augment, mean=mean, std=std),
+        TrainTransform(
+            size,
+            augment=settings.augment,
+            mean=mean,
+            std=std,
+            min_crop_area=settings.min_crop_area,
+            swap_sides=settings.swap_sides,
+        ),
         batch_size=settings.batch_size,
         seed=run.settings.seed,
         workers=run.settings.machine.decode_workers,
@@ -315,6 +322,7 @@ def _order(run: Run, plan: TrainPlan, rows: TrainSet) -> EpochOrder:
         seed=run.settings.seed,
         captions_per_epoch=settings.captions_per_epoch,
         source_weights=settings.source_weights,
+        scratch=run.lake.scratch("order"),
     )
 
 

@@ -5,11 +5,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from cycle import tiny_settings
-from PIL import Image
+from pictures import ingest_noise
 
 from blip_core import EvalTransform, TrainConfig, load_model
 from flows.dev import DevSet, build_sets
@@ -21,45 +20,22 @@ from flows.steps.plans import HUMAN_SQL
 from flows.steps.train import train_model
 from flows.train_section import TrainSettings
 from storage import (
-    CaptionSetConfig,
     Lake,
     StaleOutput,
     TrainSetRef,
-    ingest_captions,
     layout,
     local_folder,
     open_trainset,
     query,
 )
 
-WORDS = ("red", "blue", "green", "white"), ("ring", "square", "cross", "disc")
 EARLY = {"dev_share": 0.3, "evaluate_every_steps": 3, "patience": 2}
-
-
-def _ingest(folder: Path, lake: Lake, first: int, end: int) -> None:
-    """Pictures of noise with two captions each, which can only be learned by heart."""
-    images = folder / f"images-{first}"
-    images.mkdir()
-    rows = []
-    for index in range(first, end):
-        rng = np.random.default_rng(index)
-        pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(images / f"{index}.png")
-        for _ in range(2):
-            colour, shape = (words[rng.integers(4)] for words in WORDS)
-            rows.append({"image": f"{index}.png", "caption": f"a {colour} {shape} {index % 7}"})
-    captions = folder / f"captions-{first}.jsonl"
-    captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = CaptionSetConfig(
-        captions=str(captions), images=str(images), pool="human", name=f"set-{first}"
-    )
-    ingest_captions(lake, config)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     lake = Lake.open(str(tmp_path / "lake"), create=True)
-    _ingest(tmp_path, lake, 0, 20)
+    ingest_noise(tmp_path, lake, 0, 20)
     settings = tiny_settings(tmp_path / "lake", tmp_path / "world")
     settings["model"] |= {"preset": "nano", "image_size_px": 32}
     settings["pretrain"] |= {"steps": 60, "log_every_steps": 3, "schedule": "constant"} | EARLY
@@ -103,7 +79,7 @@ def test_held_back_images_are_trained_on_by_none_of_their_texts(run: Run) -> Non
 
 def test_what_is_held_back_does_not_change_when_other_images_come(run: Run, tmp_path: Path) -> None:
     before = _pairs(run, build_sets(run, _plan(run))[1])
-    _ingest(tmp_path, run.lake, 20, 50)
+    ingest_noise(tmp_path, run.lake, 20, 50)
     train, dev = (_pairs(run, ref) for ref in build_sets(run, _plan(run)))
     old = {pair for pair in train | dev if pair[0] not in _images(before)}
     assert before < dev
