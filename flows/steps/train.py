@@ -23,6 +23,7 @@ from blip_core import train as run_training
 from blip_core.distributed import current_world
 from flows import models
 from flows.boards import Boards
+from flows.book import note_speed
 from flows.dev import DevSet, build_sets
 from flows.features import FrozenFeatures, frozen_features
 from flows.feed import TrainFeed
@@ -106,6 +107,7 @@ def train_model(
         trained_on=rows.fingerprint,
         config=basis["config"],
     )
+    note_speed(run, plan.name, history)
     table = rows_table("metrics", curve_rows(plan, ref, history))
     commit_part(run.lake, "metrics", name, table, round=plan.round, basis=basis, clock=clock)
     shutil.rmtree(folder)

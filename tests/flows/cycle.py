@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VARYING = {
     "pairs": ["fetched_at"],
     "models": ["created_at"],
-    "rounds": ["started_at", "finished_at", "seconds", "device_seconds"],
+    "rounds": ["started_at", "finished_at", "seconds", "device_seconds", "speed"],
 }
 """Columns that hold times: the only ones that may differ between two runs."""
 
