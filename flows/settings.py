@@ -74,6 +74,7 @@ TRAIN_ADDED_LATER = (
     "dev_share",
     "evaluate_every_steps",
     "patience",
+    "best_metric",
 )
 """Fields younger than the first lakes: at its default each does what was done before it, and is
 left out of fingerprints, so that those lakes stay valid."""
