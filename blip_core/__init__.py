@@ -12,8 +12,8 @@ from blip_core import _torchvision
 if TYPE_CHECKING:
     from blip_core.bert import init_from_bert as init_from_bert
     from blip_core.caption_evaluation import caption_metrics as caption_metrics
-    from blip_core.captioner import Captioner as Captioner
     from blip_core.captioner import GeneratedCaption as GeneratedCaption
+    from blip_core.captioner import MEDCaptioner as MEDCaptioner
     from blip_core.checkpoints import LoadedModel as LoadedModel
     from blip_core.checkpoints import load_model as load_model
     from blip_core.checkpoints import save_model as save_model
@@ -42,8 +42,11 @@ if TYPE_CHECKING:
     from blip_core.official import save_official as save_official
     from blip_core.pairs import EncodedPairs as EncodedPairs
     from blip_core.pairs import encode_pairs as encode_pairs
+    from blip_core.protocols import Captioner as Captioner
+    from blip_core.protocols import ImageTransform as ImageTransform
+    from blip_core.protocols import Scorer as Scorer
+    from blip_core.scorer import MEDScorer as MEDScorer
     from blip_core.scorer import PairScore as PairScore
-    from blip_core.scorer import Scorer as Scorer
     from blip_core.tokenizer import MEDTokenizer as MEDTokenizer
     from blip_core.tokenizer import TokenBatch as TokenBatch
     from blip_core.tokenizer import clean_caption as clean_caption
@@ -60,7 +63,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "bert": ("init_from_bert",),
     "caption_evaluation": ("caption_metrics",),
-    "captioner": ("Captioner", "GeneratedCaption"),
+    "captioner": ("GeneratedCaption", "MEDCaptioner"),
     "checkpoints": ("LoadedModel", "load_model", "save_model"),
     "config": ("MEDConfig", "TextConfig", "VisionConfig"),
     "errors": (
@@ -78,7 +81,8 @@ _MODULES = {
     "objectives": ("Batch",),
     "official": ("OfficialModel", "load_official", "save_official"),
     "pairs": ("EncodedPairs", "encode_pairs"),
-    "scorer": ("PairScore", "Scorer"),
+    "protocols": ("Captioner", "ImageTransform", "Scorer"),
+    "scorer": ("MEDScorer", "PairScore"),
     "tokenizer": ("MEDTokenizer", "TokenBatch", "clean_caption"),
     "train_config": ("TrainConfig",),
     "training": ("BatchSource", "TrainResult", "train"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from blip_core.generation import CaptionConfig, FinishReason, Sequences
 from blip_core.med import MED, require_room
 from blip_core.tokenizer import MEDTokenizer, require_vocabulary
+from blip_core.transforms import EvalTransform
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class GeneratedCaption:
     """`sep`, or `length` when max_new_tokens cut it."""
 
 
-class Captioner:
+class MEDCaptioner:
     """Decodes captions with one model and one configuration."""
 
     def __init__(
@@ -36,9 +37,12 @@ class Captioner:
         tokenizer: MEDTokenizer,
         config: CaptionConfig,
         device: torch.device | str = "cpu",
+        transform: EvalTransform | None = None,
     ) -> None:
+        """`transform` defaults to the paper's, at the model's image size."""
         self.model, self.tokenizer, self.config = model.to(device).eval(), tokenizer, config
         self.device = torch.device(device)
+        self.transform = transform or EvalTransform(model.config.vision.image_size_px)
         self.prompt_ids = tokenizer.prompt_ids(config.prompt)
         model.require_head("lm", "a captioner")
         require_room(model.config, len(self.prompt_ids), config)

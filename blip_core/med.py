@@ -221,7 +221,7 @@ class MED(nn.Module):
         forbidden_ids: Sequence[int] = (),
         image_ids: Sequence[str] | None = None,
     ) -> Sequences:
-        """(B, 3, S, S) -> ids of B * num_captions captions, an image's together. `Captioner` gives texts.
+        """(B, 3, S, S) -> ids of B * num_captions captions, an image's together. `MEDCaptioner` gives texts.
 
         Every caption starts from `prompt_ids`, [DEC] first (default: [DEC] alone), and ends with `sep_id`;
         both default to the configuration's. `forbidden_ids` are never generated. The draws of nucleus

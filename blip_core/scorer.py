@@ -12,19 +12,20 @@ from torch import Tensor
 from blip_core.config import require
 from blip_core.med import MED, select_images
 from blip_core.tokenizer import MEDTokenizer, clean_caption, require_vocabulary
+from blip_core.transforms import EvalTransform
 
 
 @dataclass(frozen=True, slots=True)
 class PairScore:
     """What the filter says about one image and one text."""
 
-    itm_prob: float
-    """Probability that they match, in [0, 1]; CapFilt keeps 0.5 and above."""
-    itc_sim: float
-    """Cosine of their features, in [-1, 1]."""
+    itm_prob: float | None
+    """Probability that they match, in [0, 1]; CapFilt keeps 0.5 and above. None: no matching head."""
+    itc_sim: float | None
+    """Cosine of their features, in [-1, 1]. None: no features to compare."""
 
 
-class Scorer:
+class MEDScorer:
     """Scores texts against images with one model, [ENC] at position 0 as in training."""
 
     def __init__(
@@ -33,7 +34,9 @@ class Scorer:
         tokenizer: MEDTokenizer,
         device: torch.device | str = "cpu",
         max_text_tokens: int = 35,
+        transform: EvalTransform | None = None,
     ) -> None:
+        """`transform` defaults to the paper's, at the model's image size."""
         limit = model.config.text.max_positions
         require(
             max_text_tokens <= limit,
@@ -45,6 +48,7 @@ class Scorer:
         self.model, self.tokenizer = model.to(device).eval(), tokenizer
         self.device = torch.device(device)
         self.max_text_tokens = max_text_tokens
+        self.transform = transform or EvalTransform(model.config.vision.image_size_px)
 
     @torch.inference_mode()
     def score(self, pixel_values: Tensor, texts: Sequence[Sequence[str]]) -> list[list[PairScore]]:

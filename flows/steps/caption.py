@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from blip_core import CaptionConfig, Captioner, GeneratedCaption
+from blip_core import CaptionConfig, GeneratedCaption, MEDCaptioner
 from flows import models
 from flows.session import Run
 from flows.steps.batches import ImageRow, counts_of, image_batches, isolate, rows_table
@@ -91,7 +91,7 @@ def _caption_images(
     loaded = models.load(run, captioner)
     fields = settings.model_dump(exclude={"batch_size"})
     config = CaptionConfig(seed=run.settings.seed, **fields)
-    writer = Captioner(loaded.model, loaded.tokenizer, config, device=run.device)
+    writer = MEDCaptioner(loaded.model, loaded.tokenizer, config, device=run.device)
     transform = models.eval_transform(run, loaded)
     records: list[dict[str, Any]] = []
     for batch in image_batches(run, images, transform, settings.batch_size):

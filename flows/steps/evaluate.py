@@ -9,8 +9,8 @@ import torch
 
 from blip_core import (
     CaptionConfig,
-    Captioner,
     LoadedModel,
+    MEDCaptioner,
     Metric,
     caption_metrics,
     encode_pairs,
@@ -187,7 +187,7 @@ def heldout_captions(
     run: Run, loaded: LoadedModel, heldout: HeldOut, config: CaptionConfig
 ) -> list[str]:
     """One caption for each held-out image, in order."""
-    writer = Captioner(loaded.model, loaded.tokenizer, config, device=run.device)
+    writer = MEDCaptioner(loaded.model, loaded.tokenizer, config, device=run.device)
     texts: list[str] = []
     for pixels in pixel_batches(run, loaded, heldout):
         ids = [row.image_id for row in heldout.images[len(texts) : len(texts) + len(pixels)]]

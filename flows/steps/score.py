@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from blip_core import Scorer
+from blip_core import MEDScorer, PairScore
 from flows import models
 from flows.errors import MissingInput
 from flows.session import Run
@@ -99,7 +99,7 @@ def _score_images(
 ) -> list[dict[str, Any]]:
     settings = run.settings.score
     loaded = models.load(run, scorer)
-    judge = Scorer(
+    judge = MEDScorer(
         loaded.model, loaded.tokenizer, device=run.device, max_text_tokens=settings.max_text_tokens
     )
     transform = models.eval_transform(run, loaded)
@@ -117,7 +117,7 @@ def _score_images(
 
 
 def _score_batch(
-    run: Run, batch: ImageBatch, texts_of: dict[str, list[Text]], judge: Scorer, scorer: ModelRef
+    run: Run, batch: ImageBatch, texts_of: dict[str, list[Text]], judge: MEDScorer, scorer: ModelRef
 ) -> list[dict[str, Any]]:
     if batch.pixel_values is None:
         return []
@@ -137,13 +137,23 @@ def _score_batch(
                 records.append(failed)
             continue
         for text, pair in zip(texts, result, strict=True):
-            if not math.isfinite(pair.itm_prob):
-                failed = _failed(run, row.image_id, text, scorer, "model_error", "itm_prob is NaN")
+            problem = _not_finite(pair)
+            if problem is not None:
+                failed = _failed(run, row.image_id, text, scorer, "model_error", problem)
                 records.append(failed)
                 continue
             record = _record(run, row.image_id, text, scorer)
             records.append(record | {"itm_prob": pair.itm_prob, "itc_sim": pair.itc_sim})
     return records
+
+
+def _not_finite(pair: PairScore) -> str | None:
+    """What is wrong with a score; None when nothing is."""
+    numbers = {"itm_prob": pair.itm_prob, "itc_sim": pair.itc_sim}
+    bad = [
+        name for name, value in numbers.items() if value is not None and not math.isfinite(value)
+    ]
+    return f"{' and '.join(bad)} not finite" if bad else None
 
 
 def _record(run: Run, image_id: str, text: Text, scorer: ModelRef) -> dict[str, Any]:

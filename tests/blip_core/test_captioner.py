@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip_core import MED, CaptionConfig, Captioner, ConfigError, GeneratedCaption, MEDTokenizer
+from blip_core import MED, CaptionConfig, ConfigError, GeneratedCaption, MEDCaptioner, MEDTokenizer
 
 IDS = [f"image-{index}" for index in range(16)]
 
@@ -12,7 +12,7 @@ IDS = [f"image-{index}" for index in range(16)]
 def _captions(
     model: MED, tokenizer: MEDTokenizer, config: CaptionConfig, pixels: Tensor, ids: list[str]
 ) -> dict[str, list[GeneratedCaption]]:
-    captions = Captioner(model, tokenizer, config).caption(pixels, ids)
+    captions = MEDCaptioner(model, tokenizer, config).caption(pixels, ids)
     return dict(zip(ids, captions, strict=True))
 
 
@@ -76,7 +76,7 @@ def test_mean_logprob_is_that_of_the_model(
     model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor
 ) -> None:
     config = CaptionConfig(decoding="greedy", max_new_tokens=6, min_new_tokens=0)
-    captioner = Captioner(model, tokenizer, config)
+    captioner = MEDCaptioner(model, tokenizer, config)
     forbidden = torch.tensor(captioner.forbidden_ids)
     embeds = model.encode_image(pixel_values[:1])
     ids = [tokenizer.dec_id]
@@ -109,4 +109,4 @@ def test_searches_do_not_depend_on_the_batch_either(
 
 def test_captioner_refuses_more_tokens_than_positions(model: MED, tokenizer: MEDTokenizer) -> None:
     with pytest.raises(ConfigError, match=r"make 41 tokens, but text.max_positions is 40"):
-        Captioner(model, tokenizer, CaptionConfig(max_new_tokens=40))
+        MEDCaptioner(model, tokenizer, CaptionConfig(max_new_tokens=40))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip_core import MED, ConfigError, MEDTokenizer, Scorer
+from blip_core import MED, ConfigError, MEDScorer, MEDTokenizer
 
 
 @torch.no_grad()
@@ -10,7 +10,7 @@ def test_scores_equal_those_of_one_pair_at_a_time_with_enc_at_position_0(
     model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor, texts: list[str]
 ) -> None:
     lists = [texts[:3], [], ["a red ring", "", "A RED ring!"], texts[5:6]]
-    found = Scorer(model, tokenizer).score(pixel_values[:4], lists)
+    found = MEDScorer(model, tokenizer).score(pixel_values[:4], lists)
     assert [len(scores) for scores in found] == [3, 0, 3, 1]
     for row, of_image in enumerate(lists):
         embeds = model.encode_image(pixel_values[row : row + 1])
@@ -33,7 +33,7 @@ def test_scores_equal_those_of_one_pair_at_a_time_with_enc_at_position_0(
 def test_padding_by_a_long_neighbour_changes_no_score(
     model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor
 ) -> None:
-    scorer = Scorer(model, tokenizer)
+    scorer = MEDScorer(model, tokenizer)
     alone = scorer.score(pixel_values[:1], [["a red ring"]])[0][0]
     beside = scorer.score(pixel_values[:1], [["a red ring", "a green cross on the left " * 4]])[0][
         0
@@ -47,20 +47,20 @@ def test_each_image_is_encoded_once(
 ) -> None:
     encoded: list[int] = []
     model.vision.patch_embed.register_forward_hook(lambda _, args, __: encoded.append(len(args[0])))
-    Scorer(model, tokenizer).score(pixel_values[:3], [texts, texts[:2], texts[:5]])
+    MEDScorer(model, tokenizer).score(pixel_values[:3], [texts, texts[:2], texts[:5]])
     assert encoded == [3]
 
 
 def test_no_texts_at_all_give_empty_lists(
     model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor
 ) -> None:
-    assert Scorer(model, tokenizer).score(pixel_values[:2], [[], []]) == [[], []]
+    assert MEDScorer(model, tokenizer).score(pixel_values[:2], [[], []]) == [[], []]
 
 
 def test_score_names_a_mismatch_of_images_and_lists(
     model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor
 ) -> None:
     with pytest.raises(ConfigError, match="2 images, but 1 lists of texts"):
-        Scorer(model, tokenizer).score(pixel_values[:2], [["a"]])
+        MEDScorer(model, tokenizer).score(pixel_values[:2], [["a"]])
     with pytest.raises(ConfigError, match=r"max_text_tokens 41 is above text.max_positions 40"):
-        Scorer(model, tokenizer, max_text_tokens=41)
+        MEDScorer(model, tokenizer, max_text_tokens=41)
