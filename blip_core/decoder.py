@@ -138,4 +138,6 @@ class MEDDecoder:
 
 def _by_head(layer: TextLayer, image_embeds: Tensor) -> Tensor:
     """Keys and values (2, B, H, P, K) of the images, each head's in one piece."""
-    return torch.stack(layer.cross_attention.project(image_embeds))
+    attention, (num_images, num_tokens, _) = layer.cross_attention, image_embeds.shape
+    kv = attention.kv(image_embeds).view(num_images, num_tokens, 2, attention.num_heads, -1)
+    return kv.permute(2, 0, 3, 1, 4).contiguous()
