@@ -28,9 +28,9 @@ from flows.sections import (
     ReportSettings,
     ScoreSettings,
     Section,
-    TrainSettings,
     WorldSettings,
 )
+from flows.train_section import TrainSettings
 
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 PRESET_FOLDER_VARIABLE = "BOOTSTRAP_CONFIGS"
@@ -68,6 +68,12 @@ TRAIN_ADDED_LATER = (
     "cache_vision",
     "captions_per_epoch",
     "source_weights",
+    "sql",
+    "min_crop_area",
+    "swap_sides",
+    "dev_share",
+    "evaluate_every_steps",
+    "patience",
 )
 """Fields younger than the first lakes: at its default each does what was done before it, and is
 left out of fingerprints, so that those lakes stay valid."""
@@ -162,8 +168,8 @@ class BootstrapSettings(Section):
 
     @property
     def retrain_or_pretrain(self) -> TrainSettings:
-        """Settings of the retraining; the same steps as pretraining unless given."""
-        return self.retrain or self.pretrain
+        """Settings of the retraining; the same steps as pretraining unless given, on rows of its own."""
+        return self.retrain or self.pretrain.model_copy(update={"sql": None})
 
     def with_changes(self, changes: Mapping[str, Any]) -> BootstrapSettings:
         """A copy with nested `changes` merged in and validated again."""

@@ -21,8 +21,8 @@ from flows.settings import BootstrapSettings
 from flows.steps import plans
 from flows.steps.gate import Verdict, judge
 from flows.steps.ingest import drawn_world
+from flows.steps.plan import TrainPlan
 from flows.steps.shards import web_parts
-from flows.steps.train import TrainPlan
 from storage import ModelRef, PartRef, registry, rounds, write_catalog
 
 logger = logging.getLogger(__name__)

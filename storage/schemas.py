@@ -144,6 +144,7 @@ ROUNDS = pa.schema(
         _column("finished_at", _TIME, "when it ended"),
         _column("seconds", _TEXT, "wall seconds by stage, as a JSON object", False),
         _column("device_seconds", _TEXT, "device seconds by stage, as a JSON object", False),
+        _column("speed", _TEXT, "images/s, memory and MFU by training, as a JSON object"),
     ]
 )
 
@@ -157,7 +158,7 @@ TABLES: dict[str, pa.Schema] = {
     "rounds": ROUNDS,
 }
 
-ADDED_LATER = {"metrics": ("protocol",)}
+ADDED_LATER = {"metrics": ("protocol",), "rounds": ("speed",)}
 """Columns that parts of older lakes do not have; nullable."""
 
 

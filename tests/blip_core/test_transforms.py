@@ -100,6 +100,13 @@ def test_train_transform_swaps_left_and_right_exactly_when_it_mirrors(
     assert 10 < mirrored < 30
 
 
+def test_train_transform_leaves_texts_alone_when_asked_to(picture: Image.Image) -> None:
+    transform = TrainTransform(16, "flip_crop", min_crop_area=1.0, swap_sides=False)
+    made = [transform(picture, "red on the left", np.random.default_rng(seed)) for seed in range(9)]
+    assert {caption for _, caption in made} == {"red on the left"}
+    assert len({float(tensor[0, 0, 0]) for tensor, _ in made}) > 1, "mirrored or not"
+
+
 def test_swap_sides_keeps_case_and_other_words() -> None:
     assert swap_sides("Left of the LEFT leftover, right?") == "Right of the RIGHT leftover, left?"
 
