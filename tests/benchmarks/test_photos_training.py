@@ -140,7 +140,9 @@ def test_photos_training_never_reads_the_test_split_when_it_ends_with_dev(
     start: dict[str, Path],
     config: MEDConfig,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("PATH", "")
     for path in (photos / "images").glob("test-*"):
         path.unlink()
     training = modules["photos_training"]
