@@ -5,6 +5,8 @@ Pillow and numpy only. Dimension key: S image side.
 
 import io
 import re
+import warnings
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -23,6 +25,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 MAX_PIXELS = 89_000_000
 """Just below the size at which Pillow itself begins to warn."""
+MAX_ASPECT = 100.0
+"""Longer side over shorter side: beyond it a square of the picture shows nothing of it, and a resize that
+keeps the ratio would make gigabytes of it."""
 
 Augment = Literal["none", "flip_crop", "paper"]
 Triple = tuple[float, float, float]
@@ -30,36 +35,89 @@ Triple = tuple[float, float, float]
 _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode bytes to an RGB picture, upright by its EXIF orientation.
+def decode_image(
+    data: bytes,
+    max_pixels: int = MAX_PIXELS,
+    *,
+    target_px: int | None = None,
+    max_aspect: float | None = None,
+) -> Image.Image:
+    """Decode bytes to an RGB picture, upright by its EXIF orientation; of an animation the first frame.
 
-    Raises DecodeError with reason `not_an_image`, `too_many_pixels` (found before any pixel is decoded) or
-    `truncated`. Transparent parts become white.
+    With `target_px` a JPEG whose sides are both at least twice that is decoded to a half, a quarter or an eighth
+    of its size, with no side below `target_px`: several times faster, slightly other pixels. Transparent
+    parts become white; 16 bits a channel become 8.
+
+    Raises DecodeError with reason `not_an_image`, `too_many_pixels`, `too_thin` (its sides differ by a factor
+    above `max_aspect`; both are found before any pixel is decoded) or `truncated`.
     """
     try:
-        image = Image.open(io.BytesIO(data))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
+        with warnings.catch_warnings():
+            # The limit below decides; Pillow's own warning would only repeat it, once a process.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as err:
         raise DecodeError("too_many_pixels", str(err)) from err
     except (OSError, ValueError, SyntaxError) as err:
-        raise DecodeError("not_an_image", str(err)) from err
+        raise DecodeError("not_an_image", _without_address(str(err))) from err
+    _require_size(image, max_pixels, max_aspect)
+    try:
+        if target_px is not None:
+            image.draft(None, (target_px, target_px))
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, IndexError, EOFError) as err:
+        raise DecodeError("truncated", _without_address(str(err))) from err
+
+
+def picture_tensor(data: bytes, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+    """Image bytes -> what `transform` makes of the picture: how captioning and scoring see an image.
+
+    The picture is decoded no larger than the transform needs (its `size`, px, where it has one) and not at all when
+    it is thinner than MAX_ASPECT. Raises DecodeError as `decode_image`.
+    """
+    target_px = getattr(transform, "size", None)
+    return transform(decode_image(data, target_px=target_px, max_aspect=MAX_ASPECT))
+
+
+def _require_size(image: Image.Image, max_pixels: int, max_aspect: float | None) -> None:
+    """Raise DecodeError for a picture that is not worth its pixels; reads the header alone."""
     width, height = image.size
     if width * height > max_pixels:
         raise DecodeError(
             "too_many_pixels", f"{width} x {height}, at most {max_pixels} are decoded"
         )
-    try:
-        image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, IndexError, EOFError) as err:
-        raise DecodeError("truncated", str(err)) from err
+    if max_aspect is not None and max(image.size) > max_aspect * min(image.size):
+        raise DecodeError(
+            "too_thin", f"{width} x {height}, one side more than {max_aspect:g} times the other"
+        )
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _to_8_bits(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 or more bits to 8: Pillow's own conversion cuts at 255, and all but black becomes white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0)
+    brightest = max(float(values.max()), 1.0)
+    if 1.0 < brightest <= 255.0:  # no fixed range: what fits 8 bits is taken to be meant so
+        brightest = 255.0
+    scaled = (values.clip(0.0, brightest) * (255.0 / brightest)).round()
+    return Image.fromarray(scaled.astype(np.uint8))
+
+
+def _without_address(message: str) -> str:
+    """An error of Pillow's less the buffer's address, so that the same bytes give the same words."""
+    return re.sub(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>", " these bytes", message)
 
 
 def swap_sides(caption: str) -> str:
