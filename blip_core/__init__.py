@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from blip_core.checkpoints import LoadedModel as LoadedModel
     from blip_core.checkpoints import load_model as load_model
     from blip_core.checkpoints import save_model as save_model
+    from blip_core.clip_scorer import CLIPScorer as CLIPScorer
     from blip_core.config import MEDConfig as MEDConfig
     from blip_core.config import TextConfig as TextConfig
     from blip_core.config import VisionConfig as VisionConfig
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from blip_core.evaluation import evaluate_itm as evaluate_itm
     from blip_core.evaluation import evaluate_retrieval as evaluate_retrieval
     from blip_core.evaluation import retrieval_recalls as retrieval_recalls
+    from blip_core.foreign import foreign_model_id as foreign_model_id
+    from blip_core.foreign_captioner import ForeignCaptioner as ForeignCaptioner
     from blip_core.generation import CaptionConfig as CaptionConfig
     from blip_core.generation import Sequences as Sequences
     from blip_core.intervals import Metric as Metric
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from blip_core.official import OfficialModel as OfficialModel
     from blip_core.official import load_official as load_official
     from blip_core.official import save_official as save_official
+    from blip_core.open_clip_scorer import OpenCLIPScorer as OpenCLIPScorer
     from blip_core.pairs import EncodedPairs as EncodedPairs
     from blip_core.pairs import encode_pairs as encode_pairs
     from blip_core.protocols import Captioner as Captioner
@@ -66,6 +70,7 @@ _MODULES = {
     "caption_evaluation": ("caption_metrics",),
     "captioner": ("GeneratedCaption", "MEDCaptioner"),
     "checkpoints": ("LoadedModel", "load_model", "save_model"),
+    "clip_scorer": ("CLIPScorer",),
     "config": ("MEDConfig", "TextConfig", "VisionConfig"),
     "errors": (
         "BlipError",
@@ -76,11 +81,14 @@ _MODULES = {
         "TrainingError",
     ),
     "evaluation": ("evaluate_itm", "evaluate_retrieval", "retrieval_recalls"),
+    "foreign": ("foreign_model_id",),
+    "foreign_captioner": ("ForeignCaptioner",),
     "generation": ("CaptionConfig", "Sequences"),
     "intervals": ("Metric", "average_precision", "itm_auc"),
     "med": ("MED", "build_model"),
     "objectives": ("Batch",),
     "official": ("OfficialModel", "load_official", "save_official"),
+    "open_clip_scorer": ("OpenCLIPScorer",),
     "pairs": ("EncodedPairs", "encode_pairs"),
     "protocols": ("Captioner", "ImageTransform", "Scorer"),
     "scorer": ("MEDScorer", "PairScore"),
