@@ -200,6 +200,33 @@ def test_eval_transform_resizes_directly_and_normalises(picture: Image.Image) ->
     np.testing.assert_allclose(tensor.permute(1, 2, 0).numpy(), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(640, 480), (100, 333), (33, 20), (5, 1), (64, 64)])
+def test_eval_transform_of_torch_is_that_of_pillow_within_two_steps(size: tuple[int, int]) -> None:
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    )
+    pillow, fast = (EvalTransform(64, resize=how)(image) for how in ("pillow", "torch"))
+    assert fast.is_contiguous()
+    steps = (fast - pillow).abs() * torch.tensor(CLIP_STD)[:, None, None] * 255
+    assert steps.max() < 2.01
+    assert steps.mean() < 0.3, "even of pure noise"
+    assert (size == (64, 64)) == torch.equal(fast, pillow) or steps.max() == 0
+
+
+def test_eval_transform_gives_the_same_bytes_whatever_the_number_of_threads() -> None:
+    image = _photo(640, 480)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(EvalTransform(224, resize="torch")(image))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("augment", ["none", "flip_crop", "paper"])
 def test_train_transform_depends_on_its_generator_only(picture: Image.Image, augment: str) -> None:
     transform = TrainTransform(16, augment)
@@ -259,6 +286,8 @@ def test_rand_augment_applies_each_of_two_operations_half_of_the_time(
     assert 0.25 < untouched < 0.5
 
 
-def test_train_transform_refuses_an_unknown_augmentation() -> None:
+def test_transforms_refuse_what_they_do_not_know() -> None:
+    with pytest.raises(ConfigError, match="resize must be pillow or torch, got 'fast'"):
+        EvalTransform(16, resize="fast")
     with pytest.raises(ConfigError, match="augment must be one of none, flip_crop, paper"):
         TrainTransform(16, "blip")
