@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from blip_core.training import train as train
     from blip_core.transforms import EvalTransform as EvalTransform
     from blip_core.transforms import TrainTransform as TrainTransform
+    from blip_core.transforms import decode_for as decode_for
     from blip_core.transforms import decode_image as decode_image
     from blip_core.transforms import picture_tensor as picture_tensor
     from blip_core.vision import load_timm_weights as load_timm_weights
@@ -95,7 +96,13 @@ _MODULES = {
     "tokenizer": ("MEDTokenizer", "TokenBatch", "clean_caption"),
     "train_config": ("TrainConfig",),
     "training": ("BatchSource", "TrainResult", "train"),
-    "transforms": ("EvalTransform", "TrainTransform", "decode_image", "picture_tensor"),
+    "transforms": (
+        "EvalTransform",
+        "TrainTransform",
+        "decode_for",
+        "decode_image",
+        "picture_tensor",
+    ),
     "vision": ("load_timm_weights",),
     "watch": ("TrainLog",),
 }

@@ -1,23 +1,26 @@
 """Image bytes to tensors: safe decoding, training and evaluation transforms (BLIP, section 4.1).
 
-Pillow and numpy only. Dimension key: S image side.
+Pillow and numpy only: torch is imported by what makes tensors, so that processes which only decode start without it.
+Dimension key: B batch, S image side.
 """
+
+from __future__ import annotations
 
 import io
 import re
 import warnings
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from blip_core.augment import rand_augment
 from blip_core.config import require
 from blip_core.errors import DecodeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -26,7 +29,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 MAX_PIXELS = 89_000_000
 """Just below the size at which Pillow itself begins to warn."""
-MAX_ASPECT = 100.0
+MAX_ASPECT = 100
 """Longer side over shorter side: beyond it a square of the picture shows nothing of it, and a resize that
 keeps the ratio would make gigabytes of it."""
 
@@ -37,11 +40,7 @@ _SIDES = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 def decode_image(
-    data: bytes,
-    max_pixels: int = MAX_PIXELS,
-    *,
-    target_px: int | None = None,
-    max_aspect: float | None = None,
+    data: bytes, max_pixels: int = MAX_PIXELS, *, target_px: int | None = None
 ) -> Image.Image:
     """Decode bytes to an RGB picture, upright by its EXIF orientation; of an animation the first frame.
 
@@ -49,9 +48,52 @@ def decode_image(
     of its size, with no side below `target_px`: several times faster, slightly other pixels. Transparent
     parts become white; 16 bits a channel become 8.
 
-    Raises DecodeError with reason `not_an_image`, `too_many_pixels`, `too_thin` (its sides differ by a factor
-    above `max_aspect`; both are found before any pixel is decoded) or `truncated`.
+    Raises DecodeError with reason `not_an_image`, `too_many_pixels` (found before any pixel is decoded) or
+    `truncated`.
     """
+    image = _opened(data, max_pixels)
+    return _loaded(image, reduction(image, target_px))
+
+
+def decode_for(data: bytes, transforms: Sequence[Any]) -> list[Image.Image]:
+    """Image bytes -> the picture that each transform is to be given: how captioning and scoring see an image.
+
+    A picture is decoded no larger than a transform needs (its `size`, px, where it has one), whatever others
+    stand beside it, and once for all that take the same reduction. Raises DecodeError as `decode_image`, and
+    `too_thin` for a picture whose sides differ by a factor above MAX_ASPECT.
+    """
+    image = _opened(data, MAX_PIXELS)
+    width, height = image.size
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise DecodeError(
+            "too_thin", f"{width} x {height}, one side more than {MAX_ASPECT} times the other"
+        )
+    factors = [reduction(image, getattr(transform, "size", None)) for transform in transforms]
+    pictures: dict[int, Image.Image] = {}
+    for factor in set(factors):
+        pictures[factor] = _loaded(image if not pictures else _opened(data, MAX_PIXELS), factor)
+    return [pictures[factor] for factor in factors]
+
+
+def picture_tensor(data: bytes, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+    """Image bytes -> what one transform makes of the picture. Raises DecodeError as `decode_for`."""
+    (picture,) = decode_for(data, [transform])
+    return transform(picture)
+
+
+def reduction(image: Image.Image, target_px: int | None) -> int:
+    """By how much a JPEG is reduced while it is decoded: 8, 4, 2 or, as any other picture, 1.
+
+    The largest that leaves no side below `target_px`; 1 without a target.
+    """
+    if target_px is None or image.format not in ("JPEG", "MPO"):
+        return 1
+    fits = min(image.size) // target_px
+    return max(factor for factor in (8, 4, 2, 1) if factor <= max(fits, 1))
+
+
+def _opened(data: bytes, max_pixels: int) -> Image.Image:
+    """A picture whose header alone is read. Raises DecodeError."""
     try:
         with warnings.catch_warnings():
             # The limit below decides; Pillow's own warning would only repeat it, once a process.
@@ -61,38 +103,24 @@ def decode_image(
         raise DecodeError("too_many_pixels", str(err)) from err
     except (OSError, ValueError, SyntaxError) as err:
         raise DecodeError("not_an_image", _without_address(str(err))) from err
-    _require_size(image, max_pixels, max_aspect)
-    try:
-        if target_px is not None:
-            image.draft(None, (target_px, target_px))
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
-    except (OSError, ValueError, SyntaxError, IndexError, EOFError) as err:
-        raise DecodeError("truncated", _without_address(str(err))) from err
-
-
-def picture_tensor(data: bytes, transform: Callable[[Image.Image], Tensor]) -> Tensor:
-    """Image bytes -> what `transform` makes of the picture: how captioning and scoring see an image.
-
-    The picture is decoded no larger than the transform needs (its `size`, px, where it has one) and not at all when
-    it is thinner than MAX_ASPECT. Raises DecodeError as `decode_image`.
-    """
-    target_px = getattr(transform, "size", None)
-    return transform(decode_image(data, target_px=target_px, max_aspect=MAX_ASPECT))
-
-
-def _require_size(image: Image.Image, max_pixels: int, max_aspect: float | None) -> None:
-    """Raise DecodeError for a picture that is not worth its pixels; reads the header alone."""
     width, height = image.size
     if width * height > max_pixels:
         raise DecodeError(
             "too_many_pixels", f"{width} x {height}, at most {max_pixels} are decoded"
         )
-    if max_aspect is not None and max(image.size) > max_aspect * min(image.size):
-        raise DecodeError(
-            "too_thin", f"{width} x {height}, one side more than {max_aspect:g} times the other"
-        )
+    return image
+
+
+def _loaded(image: Image.Image, factor: int) -> Image.Image:
+    """An opened picture, decoded at 1 / `factor` of its size, upright and in RGB. Raises DecodeError."""
+    try:
+        if factor > 1:
+            image.draft(None, (image.width // factor, image.height // factor))
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+    except (OSError, ValueError, SyntaxError, IndexError, EOFError) as err:
+        raise DecodeError("truncated", _without_address(str(err))) from err
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -154,15 +182,22 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB picture -> (3, S, S) float32."""
+        import torch
+
+        return self.normalise(torch.from_numpy(self.pixels(image))[None])[0]
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """RGB picture -> (S, S, 3) uint8: what a decoding process hands on, a quarter of the tensor's bytes."""
         side = (self.size, self.size)
         if image.size == side:
-            return to_tensor(image, self.mean, self.std)
+            return np.array(image)
         if self.resize == "pillow":
-            image = image.resize(side, Image.Resampling.BICUBIC)
-            return to_tensor(image, self.mean, self.std)
-        planes = _planes(image)[None]
-        resized = F.interpolate(planes, side, mode="bicubic", align_corners=False, antialias=True)
-        return _normalised(resized[0], self.mean, self.std)
+            return np.array(image.resize(side, Image.Resampling.BICUBIC))
+        return _resized(image, side)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(B, S, S, 3) uint8, as `pixels` gave them -> (B, 3, S, S) float32, on the same device."""
+        return normalise(pixels, self.mean, self.std)
 
 
 class TrainTransform:
@@ -223,15 +258,27 @@ def random_crop_box(
 
 def to_tensor(image: Image.Image, mean: Triple, std: Triple) -> Tensor:
     """RGB picture -> normalised (3, S, S) float32."""
-    return _normalised(_planes(image), mean, std)
+    import torch
+
+    return normalise(torch.from_numpy(np.array(image))[None], mean, std)[0]
 
 
-def _planes(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, height, width) uint8, a view of (height, width, 3)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def normalise(pixels: Tensor, mean: Triple, std: Triple) -> Tensor:
+    """(B, S, S, 3) uint8 -> normalised (B, 3, S, S) float32."""
+    import torch
 
-
-def _normalised(planes: Tensor, mean: Triple, std: Triple) -> Tensor:
     # made contiguous while they are bytes: the arithmetic then runs over whole planes, seven times faster
-    pixels = planes.contiguous().float().div_(255.0)
-    return pixels.sub_(torch.tensor(mean)[:, None, None]).div_(torch.tensor(std)[:, None, None])
+    floats = pixels.permute(0, 3, 1, 2).contiguous().float().div_(255.0)
+    centre = torch.tensor(mean, device=pixels.device)[:, None, None]
+    spread = torch.tensor(std, device=pixels.device)[:, None, None]
+    return floats.sub_(centre).div_(spread)
+
+
+def _resized(image: Image.Image, side: tuple[int, int]) -> np.ndarray:
+    """RGB picture -> (S, S, 3) uint8, by torch's bicubic kernel for bytes."""
+    import torch
+    import torch.nn.functional as F
+
+    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    resized = F.interpolate(planes, side, mode="bicubic", align_corners=False, antialias=True)
+    return resized[0].permute(1, 2, 0).contiguous().numpy()

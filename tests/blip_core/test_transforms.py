@@ -10,6 +10,7 @@ from blip_core import (
     DecodeError,
     EvalTransform,
     TrainTransform,
+    decode_for,
     decode_image,
     picture_tensor,
 )
@@ -183,6 +184,24 @@ def test_picture_tensor_refuses_a_picture_that_is_all_length(
     with pytest.raises(DecodeError, match=f"too_thin: {size[0]} x {size[1]}, one side more than"):
         picture_tensor(data, EvalTransform(16))
     assert decode_image(data).size == size, "training and intake take it as it is"
+
+
+def test_decode_for_gives_a_transform_the_same_picture_whatever_stands_beside_it() -> None:
+    data = _encoded(_photo(1000, 800), "JPEG", quality=90)
+    sides = (100, 384, 90, 500)
+    transforms = [EvalTransform(side) for side in sides]
+    pictures = decode_for(data, [*transforms, str])
+    assert [picture.size for picture in pictures] == [
+        (125, 100),
+        (500, 400),
+        (125, 100),
+        (1000, 800),
+        (1000, 800),
+    ]
+    assert pictures[0] is pictures[2], "decoded once"
+    for transform, picture in zip(transforms, pictures, strict=False):
+        (alone,) = decode_for(data, [transform])
+        assert picture.tobytes() == alone.tobytes()
 
 
 def test_decode_image_takes_64_megapixels_and_refuses_more_than_its_limit() -> None:
