@@ -24,6 +24,7 @@ from blip_core.foreign import (
     read_config,
 )
 from blip_core.foreign_inputs import PictureInputs
+from blip_core.packed import DTYPES, DType
 from blip_core.protocols import ImageTransform
 from blip_core.scorer import PairScore
 
@@ -111,7 +112,7 @@ class CLIPScorer(DualEncoderScorer):
         self,
         path_or_repo: str | Path,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: DType = "float32",
         max_text_tokens: int | None = None,
     ) -> None:
         """Load a folder that save_pretrained wrote, or a model of the hub.
@@ -136,8 +137,9 @@ class CLIPScorer(DualEncoderScorer):
         self.tokenizer = load_part(
             AutoTokenizer.from_pretrained, path_or_repo, "the tokenizer", TOKENIZER_FILES
         )
-        model: Any = load_whole(AutoModel, path_or_repo, dtype)
-        self.model, self.dtype = model.to(self.device), dtype
+        self.dtype = DTYPES[dtype]
+        model: Any = load_whole(AutoModel, path_or_repo, self.dtype)
+        self.model = model.to(self.device)
         self.inputs = PictureInputs(
             pictures, lambda image: pictures(images=image, return_tensors="pt"), self.where
         )

@@ -25,7 +25,8 @@ from blip_core.foreign import (
     refusals,
 )
 from blip_core.foreign_inputs import PictureInputs
-from blip_core.generation import CaptionConfig, draw_key
+from blip_core.generation import CaptionConfig, FinishReason, draw_key
+from blip_core.packed import DTYPES, DType
 from blip_core.seeded_draw import PromptLength, SeededDraw
 
 CHAT_PROMPT = "Describe this image in one short sentence."
@@ -48,7 +49,7 @@ class ForeignCaptioner:
         path_or_repo: str | Path,
         config: CaptionConfig,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: DType = "float32",
         image_size_px: int | None = None,
     ) -> None:
         """Load a folder that save_pretrained wrote, or a model of the hub.
@@ -57,8 +58,13 @@ class ForeignCaptioner:
         Florence-2 takes it as a task. `image_size_px` is the side that pictures are resized to first;
         without it a model that takes any size gets 448 px, others what their processor makes.
         Raises CheckpointError when the folder holds no image-to-text model or lacks a part of it, ConfigError
-        when its processor cannot be driven with this prompt.
+        when its processor cannot be driven with this prompt, or decoding is `official`.
         """
+        require(
+            config.decoding != "official",
+            f"decoding official is that of BLIP's released code, and {path_or_repo} is another model: use "
+            "nucleus, greedy or beam",
+        )
         self.where, self.config, self.device = str(path_or_repo), config, torch.device(device)
         values = read_config(path_or_repo)
         self.model_type = values["model_type"]
@@ -66,8 +72,9 @@ class ForeignCaptioner:
         self.tokenizer, image_processor, process = _processing(self, path_or_repo)
         from transformers import AutoModelForImageTextToText
 
-        model: Any = load_whole(AutoModelForImageTextToText, path_or_repo, dtype)
-        self.model, self.dtype = model.to(self.device), dtype
+        self.dtype = DTYPES[dtype]
+        model: Any = load_whole(AutoModelForImageTextToText, path_or_repo, self.dtype)
+        self.model = model.to(self.device)
         self.inputs = PictureInputs(image_processor, process, self.where, image_size_px)
         self.transform = self.inputs.transform
         self.eos_ids = _eos_ids(model, self.tokenizer, self.where)
@@ -78,7 +85,7 @@ class ForeignCaptioner:
     ) -> list[list[GeneratedCaption]]:
         """B stacked tensors of `transform` and B ids -> `num_captions` captions of each image.
 
-        A caption whose logits were not numbers ends there and has a mean_logprob of NaN.
+        A caption whose logits were not numbers has no text, a mean_logprob of NaN and the reason `nan`.
         """
         require(
             len(pixel_values) == len(image_ids),
@@ -98,7 +105,7 @@ class ForeignCaptioner:
         config = self.config
         indices = range(config.num_captions)
         keys = None
-        if config.decoding == "nucleus":
+        if config.is_sampled:
             every = [draw_key(config.seed, name, index) for name in image_ids for index in indices]
             keys = np.array(every, dtype=np.uint64)
         draw = SeededDraw(config, keys, self.eos_ids)
@@ -109,7 +116,7 @@ class ForeignCaptioner:
             several |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
         with _generators_kept(self.device):
             self._generate(inputs, draw, **options, **several)
-        return [self._caption(*row) for row in zip(*draw.rows(), strict=True)]
+        return [self._drawn(*row) for row in zip(*draw.rows(), strict=True)]
 
     def _searched(self, inputs: dict[str, Tensor]) -> list[GeneratedCaption]:
         """The best caption of each image by beam search; scores are means a token, the end counted."""
@@ -120,16 +127,17 @@ class ForeignCaptioner:
             do_sample=False,
             num_beams=self.config.num_beams,
             num_return_sequences=1,
-            length_penalty=1.0,
+            length_penalty=self.config.length_penalty,
             output_scores=True,
             return_dict_in_generate=True,
         )
         rows = found.sequences[:, start.num_tokens :].tolist()
-        means = found.sequences_scores.tolist()
         captions = []
-        for row, mean in zip(rows, means, strict=True):
+        for row, score in zip(rows, found.sequences_scores.tolist(), strict=True):
             ids, reason = self._ended(row)
-            captions.append(GeneratedCaption(self._text(ids), len(ids), mean, reason))
+            length = len(ids) + (reason == "sep")
+            mean = score * length**self.config.length_penalty / length
+            captions.append(self._caption(ids, mean, reason))
         return captions
 
     def _generate(self, inputs: dict[str, Tensor], processor: Any, **options: Any) -> Any:
@@ -153,22 +161,25 @@ class ForeignCaptioner:
         pad = self.tokenizer.pad_token_id
         return int(pad) if pad is not None else min(self.eos_ids)
 
-    def _caption(self, row: list[int], logprobs: list[float]) -> GeneratedCaption:
+    def _drawn(self, row: list[int], logprobs: list[float]) -> GeneratedCaption:
         ids, reason = self._ended(row)
         counted = logprobs[: len(ids) + (reason == "sep")]
-        mean = math.fsum(counted) / len(counted) if all(map(math.isfinite, counted)) else math.nan
-        return GeneratedCaption(self._text(ids), len(ids), mean, reason)
+        return self._caption(ids, sum(counted) / len(counted), reason)
 
-    def _ended(self, row: list[int]) -> tuple[list[int], Any]:
+    def _caption(
+        self, ids: list[int], mean_logprob: float, reason: FinishReason
+    ) -> GeneratedCaption:
+        if not math.isfinite(mean_logprob):
+            return GeneratedCaption("", 0, math.nan, "nan")
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return GeneratedCaption(text.strip(), len(ids), mean_logprob, reason)
+
+    def _ended(self, row: list[int]) -> tuple[list[int], FinishReason]:
         """The tokens before the one that ends a caption, and why it ended."""
         for place, token in enumerate(row):
             if token in self.eos_ids:
                 return row[:place], "sep"
         return row, "length"
-
-    def _text(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text.strip()
 
 
 def _require_captions(model_type: str, architectures: Any, where: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blip_core.clip_scorer import DualEncoderScorer
 from blip_core.errors import CheckpointError
+from blip_core.packed import DTYPES, DType
 from blip_core.protocols import ImageTransform
 
 
@@ -22,14 +23,14 @@ class OpenCLIPScorer(DualEncoderScorer):
         self,
         name: str,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: DType = "float32",
     ) -> None:
         """`name` is a folder with open_clip_config.json and its weights, or the name of a model on the hub.
 
         Raises CheckpointError when open_clip is not there, or cannot load the model.
         """
         super().__init__(device)
-        self.where, self.dtype = name, dtype
+        self.where, self.dtype = name, DTYPES[dtype]
         open_clip = require_open_clip(name)
         schema = f"local-dir:{Path(name).resolve()}" if Path(name).is_dir() else f"hf-hub:{name}"
         try:
@@ -41,7 +42,7 @@ class OpenCLIPScorer(DualEncoderScorer):
                 f"open_clip cannot load {name}: {said[:300]}; give a folder with open_clip_config.json and "
                 "its weights, or a hub name that has them"
             ) from err
-        self.model = model.to(self.device, dtype).eval()
+        self.model = model.to(self.device, self.dtype).eval()
         self.transform: ImageTransform = OpenCLIPTransform(preprocess, _side_of(model))
 
     def image_features(self, pixel_values: Tensor) -> Tensor:

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from blip_core.generation import CaptionConfig, uniforms
-
-CANDIDATES = 1024
-"""Likeliest tokens that are sorted first; the whole vocabulary only when they do not hold the nucleus."""
+from blip_core.sampling import draw
 
 
 class SeededDraw:
@@ -38,7 +36,7 @@ class SeededDraw:
             token = logits.argmax(dim=-1)
         else:
             draws = torch.from_numpy(uniforms(self.keys, len(self._tokens))).to(scores.device)
-            token = _drawn(nucleus(logits, self.config), draws)
+            token = draw(logits, draws, self.config)
         token = torch.where(is_sound, token, self.eos_id)
         logprob = logits.log_softmax(dim=-1).gather(1, token[:, None]).squeeze(1)
         self._tokens.append(token)
@@ -61,28 +59,3 @@ class PromptLength:
         """(N, L) ids so far and (N, V) logits -> the logits."""
         self.num_tokens = self.num_tokens or input_ids.shape[1]
         return scores
-
-
-def nucleus(logits: Tensor, config: CaptionConfig) -> Tensor:
-    """(N, V) float64 logits -> probabilities after temperature, top_k and top_p; at least one token stays."""
-    probs = torch.softmax(logits / config.temperature, dim=-1)
-    num_tokens = probs.shape[1]
-    width = min(config.top_k or CANDIDATES, num_tokens)
-    ordered, indices = probs.topk(width, dim=-1)
-    if not config.top_k and width < num_tokens and bool((ordered.sum(-1) < config.top_p).any()):
-        ordered, indices = probs.sort(dim=-1, descending=True)
-    if config.top_k:
-        ordered = ordered / ordered.sum(dim=-1, keepdim=True)
-    mass_before = ordered.cumsum(dim=-1) - ordered
-    ordered = ordered.masked_fill(mass_before >= config.top_p, 0.0)
-    # in the order of the vocabulary: two tokens that are all but equally likely keep their places in any batch
-    return torch.zeros_like(probs).scatter(1, indices, ordered)
-
-
-def _drawn(probs: Tensor, draws: Tensor) -> Tensor:
-    """Invert the cumulative distribution: (N, V) masses and draws (N,) in [0, 1) -> tokens (N,)."""
-    cumulative = probs.cumsum(dim=-1)
-    token = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)
-    positions = torch.arange(probs.shape[1], device=probs.device)
-    last = torch.where(probs > 0, positions, -1).amax(dim=-1)
-    return torch.minimum(token.squeeze(1), last)
