@@ -27,6 +27,7 @@ from blip_core.foreign_inputs import PictureInputs
 from blip_core.packed import DTYPES, DType
 from blip_core.protocols import ImageTransform
 from blip_core.scorer import PairScore
+from blip_core.tokenizer import storable_text
 
 MAX_CACHED_TEXTS = 65_536
 """Texts whose features are kept: 200 MB at a width of 768, whatever the number of shards."""
@@ -73,6 +74,7 @@ class DualEncoderScorer(ABC):
             len(pixel_values) == len(texts),
             f"there are {len(pixel_values)} images, but {len(texts)} lists of texts",
         )
+        texts = [[storable_text(text) for text in of_image] for of_image in texts]
         features = self._features_of({text for of_image in texts for text in of_image})
         images = unit(self.image_features(pixel_values.to(self.device))) if features else ()
         scores: list[list[PairScore]] = []
@@ -87,9 +89,7 @@ class DualEncoderScorer(ABC):
 
     def _features_of(self, texts: set[str]) -> dict[str, Tensor]:
         """Normalised float64 features of distinct texts, from the cache where they are there."""
-        keys = {
-            text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts
-        }
+        keys = {text: hashlib.sha256(text.encode()).digest() for text in texts}
         features: dict[str, Tensor] = {}
         for text, key in keys.items():
             if key in self._cache:
