@@ -79,8 +79,7 @@ def _candidates(
     Constrained after the softmax: what is forbidden does not make the rest likelier. A continuation among the best
     of an image is among the best of its beam, so no more than those are compared.
     """
-    logits = logits.float()
-    logprobs = logits - logits.logsumexp(dim=-1, keepdim=True)
+    logprobs = logits.float().log_softmax(dim=-1)
     logprobs = constrain(logprobs, generated, config, blocked_ids=blocked)
     num_images, num_beams = sums.shape
     width = min(2 * num_beams, logprobs.shape[1])

@@ -94,8 +94,8 @@ class _Found:
 
     def add(self, rows: Tensor, position: int, tokens: Tensor, logits: Tensor) -> Tensor:
         """Note the next token of each of `rows`; returns which of them go on (N,)."""
-        chosen = logits.gather(1, tokens[:, None]).squeeze(1)
-        logprobs = chosen.double() - logits.logsumexp(dim=-1).double()
+        # log_softmax works row by row; logsumexp adds up in an order that depends on the number of rows
+        logprobs = logits.log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1).double()
         is_number = torch.isfinite(logprobs)
         self.sums[rows] += logprobs
         ends = (tokens == self.sep_id) | ~is_number

@@ -86,12 +86,11 @@ def for_inference(model: MED, *, device: torch.device | str, dtype: DType = "flo
 
 
 def _pack(model: MED) -> None:
-    """Replace the linear layers of the blocks and the last matrix of the language model."""
+    """Replace the linear layers, and the last matrix of the language model."""
     if "lm" in model.config.heads:
         words = model.text.word_embeddings.weight
         model.lm_head.packed = PackedLinear(words, model.lm_head.bias)
-    for stack in (model.vision.blocks, model.text.layers):
-        for parent in list(stack.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear) and child.bias is not None:
-                    setattr(parent, name, PackedLinear(child.weight, child.bias))
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear) and child.bias is not None:
+                setattr(parent, name, PackedLinear(child.weight, child.bias))
