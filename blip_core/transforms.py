@@ -1,20 +1,24 @@
 """Image bytes to tensors: safe decoding, training and evaluation transforms (BLIP, section 4.1).
 
-Pillow and numpy only. Dimension key: S image side.
+Pillow and numpy only: torch is imported by what makes tensors, so that processes which only decode start without it.
+Dimension key: B batch, S image side.
 """
+
+from __future__ import annotations
 
 import io
 import re
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 
 from blip_core.augment import rand_augment
 from blip_core.config import require
 from blip_core.errors import DecodeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -84,9 +88,19 @@ class EvalTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB picture -> (3, S, S) float32."""
+        import torch
+
+        return self.normalise(torch.from_numpy(self.pixels(image))[None])[0]
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """RGB picture -> (S, S, 3) uint8: what a decoding process hands on, a quarter of the tensor's bytes."""
         if image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
-        return to_tensor(image, self.mean, self.std)
+        return np.array(image)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(B, S, S, 3) uint8, as `pixels` gave them -> (B, 3, S, S) float32, on the same device."""
+        return normalise(pixels, self.mean, self.std)
 
 
 class TrainTransform:
@@ -147,5 +161,16 @@ def random_crop_box(
 
 def to_tensor(image: Image.Image, mean: Triple, std: Triple) -> Tensor:
     """RGB picture -> normalised (3, S, S) float32."""
-    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 255.0
-    return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    import torch
+
+    return normalise(torch.from_numpy(np.array(image))[None], mean, std)[0]
+
+
+def normalise(pixels: Tensor, mean: Triple, std: Triple) -> Tensor:
+    """(B, S, S, 3) uint8 -> normalised (B, 3, S, S) float32."""
+    import torch
+
+    floats = pixels.permute(0, 3, 1, 2).float() / 255.0
+    centre = torch.tensor(mean, device=pixels.device)[:, None, None]
+    spread = torch.tensor(std, device=pixels.device)[:, None, None]
+    return ((floats - centre) / spread).contiguous()
