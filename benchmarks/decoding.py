@@ -59,7 +59,7 @@ def ways(side: int) -> dict[str, Decode]:
     """Return the ways from bytes to a tensor of (3, side, side)."""
     from transformers import BlipImageProcessor
 
-    transform, pillow = EvalTransform(side, resize="torch"), EvalTransform(side)
+    transform, pillow = EvalTransform(side, quick=True), EvalTransform(side)
     processor = BlipImageProcessor(size={"height": side, "width": side})
 
     def theirs(data: bytes) -> torch.Tensor:
@@ -88,7 +88,7 @@ def rates(files: list[bytes], side: int, rounds: int) -> dict[str, float]:
 
 def change(files: list[bytes], side: int) -> float:
     """Return the mean difference between our tensors and those of training, in units of 1/255."""
-    transform, pillow = EvalTransform(side, resize="torch"), EvalTransform(side)
+    transform, pillow = EvalTransform(side, quick=True), EvalTransform(side)
     std = torch.tensor(CLIP_STD)[:, None, None] * 255
     differences = [
         ((picture_tensor(data, transform) - pillow(decode_image(data))) * std).abs().mean()

@@ -28,11 +28,11 @@ Process = Callable[[Image.Image], Mapping[str, Any]]
 class ForeignTransform:
     """A picture to the tensor that a foreign model reads of it; picklable, runs in decoding workers."""
 
-    def __init__(self, image_processor: Any, name: str, side_px: int | None, size: int) -> None:
+    def __init__(self, image_processor: Any, name: str, side_px: int | None) -> None:
         """`name` is the processor's tensor, `side_px` what pictures are resized to before it."""
         self.image_processor, self.name, self.side_px = image_processor, name, side_px
-        self.size = size
-        """Px that no side of the decoded picture should be below."""
+        self.decode_px = side_px or FIXED_SIDE_PX
+        """Px that no side of a picture should be decoded below."""
 
     def __call__(self, image: Image.Image) -> Tensor:
         """RGB picture -> (...) of a batch without its dimension, or (R, ...) where a picture takes R rows."""
@@ -68,7 +68,7 @@ class PictureInputs:
         """The tensors that are the same for every picture, as of a batch of one."""
         self.num_rows = int(first[self.name].shape[0])
         """R: rows of the picture's tensor that one picture takes."""
-        self.transform = ForeignTransform(image_processor, self.name, side_px, side_px or 0)
+        self.transform = ForeignTransform(image_processor, self.name, side_px)
         made = self.transform(_noise(size, 0))
         expected = first[self.name]
         if not torch.equal(made.reshape(expected.shape), expected):
@@ -76,8 +76,8 @@ class PictureInputs:
                 f"the processor of {where} makes another {self.name} with a prompt than without one, "
                 "which this adapter cannot split between processes; write a Captioner of your own"
             )
-        if not self.transform.size:
-            self.transform.size = max(made.shape[-2:]) if made.ndim >= 3 else FIXED_SIDE_PX
+        if side_px is None and made.ndim == 3:
+            self.transform.decode_px = max(made.shape[-2:])
 
     def batch(
         self, pixel_values: Tensor, dtype: torch.dtype, device: torch.device

@@ -57,10 +57,10 @@ class OpenCLIPScorer(DualEncoderScorer):
 
 
 class OpenCLIPTransform:
-    """The preprocessing of open_clip; `size` is the side of the model's input, px."""
+    """The preprocessing of open_clip; `decode_px` is the side of the model's input."""
 
-    def __init__(self, preprocess: Callable[[Any], Tensor], size: int) -> None:
-        self.preprocess, self.size = preprocess, size
+    def __init__(self, preprocess: Callable[[Any], Tensor], decode_px: int) -> None:
+        self.preprocess, self.decode_px = preprocess, decode_px
 
     def __call__(self, image: Any) -> Tensor:
         """RGB picture -> (3, S, S)."""

@@ -5,8 +5,19 @@ from __future__ import annotations
 import dataclasses
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
-from blip_core import MED, EvalTransform, LoadedModel, load_model
+from blip_core import (
+    MED,
+    CaptionConfig,
+    Captioner,
+    EvalTransform,
+    LoadedModel,
+    MEDCaptioner,
+    MEDScorer,
+    Scorer,
+    load_model,
+)
 from blip_core.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from flows.errors import MissingInput
 from flows.session import Run
@@ -43,6 +54,24 @@ def load_copy(
     model = MED(dataclasses.replace(config, text=text)).to(run.device)
     model.load_state_dict(loaded.model.state_dict())
     return dataclasses.replace(loaded, model=model.eval())
+
+
+def captioner_of(run: Run, ref: ModelRef) -> Captioner:
+    """What writes captions with a model, as `caption` of the settings says."""
+    loaded = load(run, ref)
+    fields = run.settings.caption.model_dump(exclude={"batch_size"})
+    config = CaptionConfig(seed=run.settings.seed, **fields)
+    transform = eval_transform(run, loaded)
+    captioner = MEDCaptioner(loaded.model, loaded.tokenizer, config, run.device, transform)
+    return cast("Captioner", captioner)
+
+
+def scorer_of(run: Run, ref: ModelRef) -> Scorer:
+    """What scores texts with a model, as `score` of the settings says."""
+    loaded = load(run, ref)
+    longest, transform = run.settings.score.max_text_tokens, eval_transform(run, loaded)
+    scorer = MEDScorer(loaded.model, loaded.tokenizer, run.device, longest, transform)
+    return cast("Scorer", scorer)
 
 
 def pixel_stats(run: Run) -> tuple[Triple, Triple]:

@@ -26,6 +26,9 @@ def _hide_defaults(schema: dict[str, Any]) -> None:
                 field["description"] = f"{field.get('description', '')} (default {shown})".strip()
 
 
+BatchSetting = Annotated[int, Field(ge=1)] | Literal["auto"]
+
+
 class Section(BaseModel):
     """Frozen, unknown keys refused, field docstrings kept as descriptions."""
 
@@ -49,7 +52,11 @@ class MachineSettings(Section):
     num_threads: int | None = Field(default=None, ge=1)
     """Torch threads; all cores when not given."""
     decode_workers: int = Field(default=2, ge=1)
-    """Threads that read and decode images ahead of the model."""
+    """Threads or processes that decode images ahead of the model."""
+    decode_in: Literal["auto", "threads", "processes"] = "auto"
+    """What they are when captioning and scoring: processes where there is enough to decode, or always one of the two."""
+    stop_grace_s: float = Field(default=20.0, ge=0)
+    """After SIGTERM a shard is finished if that takes about this long at most, else given up."""
     train_processes: int = Field(default=1, ge=1)
     """Processes that train one model together, on GPUs one for each; they share every batch."""
     on_stale: Literal["error", "rebuild"] = "error"
@@ -323,8 +330,8 @@ class CaptionSettings(Section):
     """Text that every caption continues; it is not part of the result."""
     num_captions: int = Field(default=1, ge=1)
     """Captions written for each image."""
-    batch_size: int = Field(default=64, ge=1)
-    """Images in a batch."""
+    batch_size: BatchSetting = 64
+    """Images in a batch; `auto` measures what is fastest."""
 
 
 class ScoreSettings(Section):
@@ -332,8 +339,8 @@ class ScoreSettings(Section):
 
     max_text_tokens: int = Field(default=35, ge=4)
     """Longest text in tokens, special tokens included."""
-    batch_size: int = Field(default=64, ge=1)
-    """Images in a batch."""
+    batch_size: BatchSetting = 64
+    """Images in a batch; `auto` measures what is fastest."""
 
 
 class DecideSettings(Section):

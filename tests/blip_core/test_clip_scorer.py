@@ -155,7 +155,7 @@ def test_transform_is_that_of_the_models_processor_and_survives_pickling(
     for picture in _pictures():
         expected = processor(images=picture, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(sent(picture), expected)
-    assert sent.size == 32
+    assert sent.decode_px == 32
 
 
 def test_no_texts_need_no_model(folders: Folders) -> None:

@@ -139,7 +139,7 @@ def test_transform_survives_pickling_and_gives_every_picture_one_shape(
     for picture in _pictures():
         assert torch.equal(sent(picture), captioner.transform(picture))
     assert len({tuple(sent(picture).shape) for picture in _pictures()}) == 1
-    assert sent.size >= 32
+    assert sent.decode_px >= 32
 
 
 def test_mean_logprob_is_that_of_the_caption_under_the_model(folders: Folders) -> None:

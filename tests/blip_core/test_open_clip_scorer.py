@@ -84,7 +84,7 @@ def test_transform_survives_pickling_and_knows_its_side(folder: Path) -> None:
     scorer = OpenCLIPScorer(str(folder))
     sent = pickle.loads(pickle.dumps(scorer.transform))
     assert torch.equal(sent(_pictures()[1]), scorer.transform(_pictures()[1]))
-    assert sent.size == 32
+    assert sent.decode_px == 32
 
 
 def test_folder_without_weights_is_refused_naming_what_is_needed(
