@@ -26,6 +26,7 @@ PROCESSING_FILES = (
     "config.json",
     "generation_config.json",
     "merges.txt",
+    "open_clip_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "special_tokens_map.json",
@@ -39,6 +40,7 @@ PROCESSING_FILES = (
 """What beside the weights decides what a model of transformers says."""
 
 
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 PICTURE_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -86,8 +88,15 @@ def read_config(path_or_repo: str | Path) -> dict[str, Any]:
 
 
 def weight_paths(path_or_repo: str | Path) -> dict[str, Path]:
-    """The files of weights that transformers would read, by name. Raises CheckpointError when there are none."""
+    """The files of weights that transformers or, of its own models, open_clip would read, by name.
+
+    Raises CheckpointError when there are none.
+    """
     find = hf.finder(path_or_repo)
+    if find("open_clip_config.json") is not None:
+        for name in OPEN_CLIP_WEIGHTS:
+            if (path := find(name)) is not None:
+                return {name: path}
     for one, index in ((WEIGHTS, INDEX), (PICKLED, PICKLED_INDEX)):
         found = find(one)
         if found is not None:

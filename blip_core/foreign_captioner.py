@@ -27,6 +27,7 @@ from blip_core.foreign import (
 from blip_core.foreign_inputs import PictureInputs
 from blip_core.generation import CaptionConfig, FinishReason, draw_key
 from blip_core.packed import DTYPES, DType
+from blip_core.protocols import ImageTransform
 from blip_core.seeded_draw import PromptLength, SeededDraw
 
 CHAT_PROMPT = "Describe this image in one short sentence."
@@ -76,7 +77,7 @@ class ForeignCaptioner:
         model: Any = load_whole(AutoModelForImageTextToText, path_or_repo, self.dtype)
         self.model = model.to(self.device)
         self.inputs = PictureInputs(image_processor, process, self.where, image_size_px)
-        self.transform = self.inputs.transform
+        self.transform: ImageTransform = self.inputs.transform
         self.eos_ids = _eos_ids(model, self.tokenizer, self.where)
 
     @torch.inference_mode()

@@ -26,6 +26,7 @@ def _hide_defaults(schema: dict[str, Any]) -> None:
                 field["description"] = f"{field.get('description', '')} (default {shown})".strip()
 
 
+InferenceType = Literal["float32", "bfloat16", "float16"]
 BatchSetting = Annotated[int, Field(ge=1)] | Literal["auto"]
 
 
@@ -332,6 +333,12 @@ class CaptionSettings(Section):
     """Captions written for each image."""
     batch_size: BatchSetting = 64
     """Images in a batch; `auto` measures what is fastest."""
+    captioner: str = Field(default="own", pattern=r"^(own$|hf:.)")
+    """`own` is finetuned here; hf:PATH is an image-to-text model of transformers, a folder or a hub name."""
+    captioner_image_size_px: int | None = Field(default=None, ge=16)
+    """Side that pictures get for a captioner of transformers; as its processor has it when not given."""
+    dtype: InferenceType = "float32"
+    """Number type of the model."""
 
 
 class ScoreSettings(Section):
@@ -341,6 +348,10 @@ class ScoreSettings(Section):
     """Longest text in tokens, special tokens included."""
     batch_size: BatchSetting = 64
     """Images in a batch; `auto` measures what is fastest."""
+    scorer: str = Field(default="own", pattern=r"^(own$|clip:.|open_clip:.)")
+    """`own` is the filter finetuned here; clip:PATH or open_clip:PATH gives itc_sim and no itm_prob."""
+    dtype: InferenceType = "float32"
+    """Number type of the model."""
 
 
 class DecideSettings(Section):
@@ -349,8 +360,8 @@ class DecideSettings(Section):
     policy: str = "blip"
     """Name of a policy in storage/policies."""
     threshold: float | None = Field(default=0.5, ge=0, le=1)
-    """Least itm_prob of a kept text (paper: the ITM head's own verdict, 0.5); null for a policy
-    that knows no `$threshold`."""
+    """Least itm_prob of a kept text (paper: the ITM head's own verdict, 0.5), least itc_sim with policy
+    itc; null for a policy that knows no `$threshold`."""
 
 
 class EvaluateSettings(Section):

@@ -67,14 +67,14 @@ def finetune_filter(settings: BootstrapSettings) -> ModelRef:
 def caption(settings: BootstrapSettings) -> StageResult:
     """New captions for every web image, one part a shard."""
     with open_run(settings, purpose="caption") as run:
-        return _shards(run, "caption", models.require(run, "captioner", run.round), None)
+        return _shards(run, "caption", models.captioner_ref(run), None)
 
 
 @flow(name="score")
 def score(settings: BootstrapSettings) -> StageResult:
     """itm_prob and itc_sim of every web and synthetic text, one part a shard."""
     with open_run(settings, purpose="score") as run:
-        return _shards(run, "score", None, models.require(run, "filter", run.round))
+        return _shards(run, "score", None, models.scorer_ref(run))
 
 
 @flow(name="decide")
@@ -111,7 +111,7 @@ def evaluate(settings: BootstrapSettings) -> StageResult:
         whole = [models.starting_model(run), plans.challenger(run)]
         wanted = list(whole)
         if run.settings.evaluate.finetuned:
-            wanted += [models.require(run, role, run.round) for role in ("captioner", "filter")]
+            wanted += models.finetuned(run)
         parts = []
         with StageProgress("evaluate", "Models measured", run.round) as progress:
             for done, ref in enumerate(wanted):
