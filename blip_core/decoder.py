@@ -140,4 +140,5 @@ def _by_head(layer: TextLayer, image_embeds: Tensor) -> Tensor:
     """Keys and values (2, B, H, P, K) of the images, each head's in one piece."""
     attention, (num_images, num_tokens, _) = layer.cross_attention, image_embeds.shape
     kv = attention.kv(image_embeds).view(num_images, num_tokens, 2, attention.num_heads, -1)
-    return kv.permute(2, 0, 3, 1, 4).contiguous()
+    by_head: Tensor = kv.permute(2, 0, 3, 1, 4).contiguous()
+    return by_head

@@ -21,7 +21,8 @@ from flows import models
 from flows.errors import MissingInput
 from flows.session import Run
 from flows.settings import EVALUATE_NOT_IN_FINGERPRINTS
-from flows.steps.batches import ImageRow, image_batches, rows_table
+from flows.steps.batches import image_batches, rows_table
+from flows.stream import ImageRow
 from storage import (
     Clock,
     CorruptShard,
