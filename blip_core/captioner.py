@@ -41,6 +41,7 @@ class MEDCaptioner:
         transform: EvalTransform | None = None,
         *,
         dtype: DType = "float32",
+        compile: bool = False,
     ) -> None:
         """`transform` defaults to the paper's, at the model's image size; `model` itself is left as it is."""
         self.tokenizer, self.config = tokenizer, config
@@ -54,7 +55,7 @@ class MEDCaptioner:
         spare = range(tokenizer.vocab_size, model.config.text.vocab_size)
         # the released code forbids none, and leaves them out of the text
         self.forbidden_ids = [*([] if config.decoding == "official" else special), *spare]
-        self.model = for_inference(model, device=device, dtype=dtype)
+        self.model = for_inference(model, device=device, dtype=dtype, compile=compile)
 
     @torch.inference_mode()
     def caption(

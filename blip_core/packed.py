@@ -66,11 +66,18 @@ def can_pack(dtype: torch.dtype) -> bool:
     return bool((found.float() - F.linear(inputs, weight, bias).float()).abs().max() < tolerance)
 
 
-def for_inference(model: MED, *, device: torch.device | str, dtype: DType = "float32") -> MED:
+def for_inference(
+    model: MED,
+    *,
+    device: torch.device | str,
+    dtype: DType = "float32",
+    compile: bool = False,
+) -> MED:
     """Return a copy of `model` to compute with, on `device` and in `dtype`; it cannot be trained or saved.
 
-    The copy shares what it need not change with `model`, which stays as it is. Raises ConfigError for a `dtype`
-    that there is not.
+    The copy shares what it need not change with `model`, which stays as it is. With `compile` the vision blocks
+    and the text's feed-forwards go through torch.compile, which takes a minute at the first call and needs a C++
+    compiler or CUDA; weights are not packed then. Raises ConfigError for a `dtype` that there is not.
     """
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     device, number = torch.device(device), DTYPES[dtype]
@@ -80,7 +87,10 @@ def for_inference(model: MED, *, device: torch.device | str, dtype: DType = "flo
         is_parameter = isinstance(tensor, nn.Parameter)
         shared[id(tensor)] = nn.Parameter(moved, requires_grad=False) if is_parameter else moved
     ready = copy.deepcopy(model, shared).eval()
-    if device.type == "cpu" and can_pack(number):
+    if compile:
+        for block in [*ready.vision.blocks, *(layer.feed_forward for layer in ready.text.stack())]:
+            block.compile(dynamic=True)
+    elif device.type == "cpu" and can_pack(number):
         _pack(ready)
     return ready
 

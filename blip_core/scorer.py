@@ -41,6 +41,7 @@ class MEDScorer:
         transform: EvalTransform | None = None,
         *,
         dtype: DType = "float32",
+        compile: bool = False,
         num_cached_texts: int = 100_000,
     ) -> None:
         """`transform` defaults to the paper's, at the model's image size; `model` itself is left as it is.
@@ -55,7 +56,10 @@ class MEDScorer:
         model.require_head("itc", "a scorer")
         model.require_head("itm", "a scorer")
         require_vocabulary(model.config.text, tokenizer)
-        self.model, self.tokenizer = for_inference(model, device=device, dtype=dtype), tokenizer
+        self.model, self.tokenizer = (
+            for_inference(model, device=device, dtype=dtype, compile=compile),
+            tokenizer,
+        )
         self.max_text_tokens = max_text_tokens
         self.transform = transform or EvalTransform(model.config.vision.image_size_px)
         self._features: OrderedDict[str, Tensor] = OrderedDict()

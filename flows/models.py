@@ -96,6 +96,7 @@ def captioner_of(run: Run, ref: ModelRef) -> Captioner:
         run.device,
         eval_transform(run, loaded, quick=True),
         dtype=settings.dtype,
+        compile=run.settings.machine.compile,
     )
     return cast("Captioner", captioner)
 
@@ -112,6 +113,7 @@ def scorer_of(run: Run, ref: ModelRef) -> Scorer:
         settings.max_text_tokens,
         eval_transform(run, loaded, quick=True),
         dtype=settings.dtype,
+        compile=run.settings.machine.compile,
     )
     return cast("Scorer", scorer)
 

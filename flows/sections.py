@@ -56,6 +56,8 @@ class MachineSettings(Section):
     """What they are when captioning and scoring: processes where there is enough to decode, or always one of the two."""
     stop_grace_s: float = Field(default=20.0, ge=0)
     """After SIGTERM a shard is finished if that takes about this long at most, else given up."""
+    compile: bool = False
+    """Whether models that caption and score go through torch.compile: a minute at the start, for long runs on GPUs."""
     train_processes: int = Field(default=1, ge=1)
     """Processes that train one model together, on GPUs one for each; they share every batch."""
     train_sharding: Literal["none", "full"] = "none"

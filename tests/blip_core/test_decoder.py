@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from torch import Tensor
@@ -101,3 +103,18 @@ def test_an_inference_copy_computes_what_the_model_does(
     assert ready.text.word_embeddings.weight.dtype == ready.dtype
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.dtype == torch.float32
+
+
+@torch.no_grad()
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_copy_computes_the_same(model: MED, pixel_values: Tensor) -> None:
+    ready = for_inference(model, device="cpu", compile=True)
+    assert not any(isinstance(part, PackedLinear) for part in ready.modules())
+    assert all(block._compiled_call_impl is not None for block in ready.vision.blocks)
+    for batch in (pixel_values[:3], pixel_values[:5]):
+        torch.testing.assert_close(ready.encode_image(batch), model.encode_image(batch), **CLOSE)
+    ids = torch.tensor([[5, 8, 9], [5, 20, 21]])
+    embeds, mask = model.encode_image(pixel_values[:2]), torch.ones_like(ids)
+    found = ready.itm_logits(embeds, ids, mask)
+    torch.testing.assert_close(found, model.itm_logits(embeds, ids, mask), **CLOSE)
+    assert all(block._compiled_call_impl is None for block in model.vision.blocks)
