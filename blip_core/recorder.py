@@ -16,7 +16,7 @@ from blip_core.flops import known_peak_flops, step_flops
 from blip_core.objectives import StepInputs
 from blip_core.train_config import TrainConfig
 from blip_core.training_state import TrainingFolder, TrainingState
-from blip_core.watch import MEANS, TrainLog, Warned, Watch, memory_gib
+from blip_core.watch import MEANS, NOT_FINITE, TrainLog, Warned, Watch, memory_gib
 
 
 class Recorder:
@@ -72,6 +72,13 @@ class Recorder:
         state.window["num_steps"] = state.window.get("num_steps", 0.0) + 1
         self._num_images += sum(len(each.image_ids) for each in inputs)
         self._num_flops += sum(self._flops(each) for each in inputs)
+
+    def skip(self, step: int) -> None:
+        """Write that optimizer step `step` (0-based) was left out, and warn when the first is."""
+        line = {"step": step + 1, NOT_FINITE: 1.0}
+        if self.world.is_first:
+            self.folder.append_history(line)
+            self._watch.see(line)
 
     def write(self, state: TrainingState, on_log: Callable[[TrainLog], None] | None) -> None:
         """Write the window's means as a line, warn where it goes wrong, and start the next window."""

@@ -200,6 +200,7 @@ class _Run:
         self.state.num_skipped_in_a_row += 1
         if self.world.is_first:
             logger.warning("step %d skipped: its loss or gradient is not finite", step)
+        self.recorder.skip(step)
         limit = self.config.max_skipped_in_a_row
         if self.state.num_skipped_in_a_row > limit:
             back = self.load().step

@@ -30,6 +30,13 @@ NUM_NORMS = 20
 """History lines whose median is a usual gradient norm."""
 MIN_NORMS = 5
 
+NOT_FINITE = "not_finite"
+"""Field of a history line that tells of a step left out, and the name of the warning."""
+_NOT_FINITE_MESSAGE = (
+    "a loss or gradient is NaN or infinite; such steps are left out. Lower learning_rate, lengthen "
+    "warmup_steps, set grad_clip_norm, use dtype float32, or look for broken values in the batches"
+)
+
 NOT_REPEATABLE = ("images_per_s", "memory_gib", "mfu")
 """Fields of a history line that differ between two equal runs."""
 
@@ -93,7 +100,7 @@ class Warned:
     """One named warning."""
 
     name: str
-    """itm_stuck, collapsed_features or exploding_norm."""
+    """itm_stuck, collapsed_features, exploding_norm or not_finite."""
     step: int
     message: str
 
@@ -114,13 +121,18 @@ class Watch:
 
     def see(self, line: Mapping[str, Any], *, quiet: bool = False) -> list[Warned]:
         """Take in one line; returns and logs (unless `quiet`) the warnings that begin with it."""
-        if "loss" not in line:
+        problems: dict[str, str | None]
+        if NOT_FINITE in line:
+            problems = {NOT_FINITE: _NOT_FINITE_MESSAGE}
+        elif "loss" not in line:
             return []  # an evaluation
-        problems = {
-            "itm_stuck": self._itm_stuck(line),
-            "collapsed_features": self._collapsed(line),
-            "exploding_norm": self._exploding(line),
-        }
+        else:
+            problems = {
+                "itm_stuck": self._itm_stuck(line),
+                "collapsed_features": self._collapsed(line),
+                "exploding_norm": self._exploding(line),
+                NOT_FINITE: None,
+            }
         begun = []
         for name, message in problems.items():
             if message is not None and name not in self._active:

@@ -56,3 +56,40 @@ def test_matching_leaves_out_what_has_no_negative(
     expected = F.cross_entropy(logits, torch.ones(8, dtype=torch.long))
     torch.testing.assert_close(losses.loss_itm.detach(), expected)
     assert float(losses.itm_accuracy_negative) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("rows", "image_ids", "captions"),
+    [
+        ([3], ["3"], None),
+        ([3] * 8, ["3"] * 8, None),
+        (list(range(8)), None, [""] * 8),
+    ],
+    ids=["one_pair", "one_image_repeated", "texts_without_words"],
+)
+def test_a_degenerate_batch_has_defined_losses_and_moves_the_model(
+    rows: list[int],
+    image_ids: list[str] | None,
+    captions: list[str] | None,
+    config: MEDConfig,
+    tokenizer: MEDTokenizer,
+    batch: Batch,
+) -> None:
+    assert batch.pixel_values is not None
+    poor = Batch(
+        pixel_values=batch.pixel_values[rows],
+        captions=captions or [batch.captions[i] for i in range(len(rows))],
+        image_ids=image_ids or batch.image_ids,
+    )
+    stepper = _stepper(config, tokenizer, batch_size=len(rows), queue_size=0)
+    before = {name: value.clone() for name, value in stepper.model.state_dict().items()}
+    for step in range(2):
+        done = stepper.do(step, [poor])
+        assert done is not None, "finite"
+    numbers = done.losses[0].numbers()
+    assert numbers["itm_accuracy_negative"] == 0.0, "nothing is a negative here"
+    if len(rows) == 1:
+        assert numbers["loss_itc"] == pytest.approx(0.0, abs=1e-6), "one candidate is the answer"
+    assert numbers["loss_lm"] > 0
+    after = stepper.model.state_dict()
+    assert any(not torch.equal(after[name], value) for name, value in before.items())

@@ -54,3 +54,26 @@ def test_modes_insist_on_an_image_or_on_none(model: MED, pixel_values: torch.Ten
         model.text(ids, None, mode="fused")
     with pytest.raises(ValueError, match="reads no image"):
         model.text(ids, None, mode="text", image_kv=_kv(model, pixel_values[:1]))
+
+
+@pytest.mark.parametrize("mode", ["text", "fused", "causal"])
+@pytest.mark.parametrize("is_trained", [True, False], ids=["training", "inference"])
+def test_a_text_that_is_all_padding_is_finite_and_touches_no_other(
+    mode: str, is_trained: bool, model: MED, pixel_values: torch.Tensor
+) -> None:
+    image_kv = None
+    if mode != "text":
+        image_kv = model.project_image(model.encode_image(pixel_values[:2]))
+    ids = torch.randint(5, 40, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    with torch.set_grad_enabled(is_trained):
+        whole = model.text(ids, mask, mode=mode, image_kv=image_kv)
+        mask[1] = 0
+        hidden = model.text(ids, mask, mode=mode, image_kv=image_kv)
+    assert torch.isfinite(hidden).all()
+    torch.testing.assert_close(hidden[0], whole[0])
+    if is_trained:
+        model.zero_grad()
+        hidden.sum().backward()
+        grads = [each.grad for each in model.text.parameters() if each.grad is not None]
+        assert all(torch.isfinite(grad).all() for grad in grads)

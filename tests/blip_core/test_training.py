@@ -293,6 +293,9 @@ def test_train_skips_a_broken_batch_and_ends_when_all_are(
     model = start()
     once = train(model, tokenizer, lambda s: poisoned(s, range(4, 5)), _config(), tmp_path / "once")
     assert once.num_skipped == 1
+    assert [(each.name, each.step) for each in once.warned] == [("not_finite", 5)]
+    assert "lower learning_rate" in once.warned[0].message.lower()
+    assert {"step": 5, "not_finite": 1.0} in once.history
     assert all(torch.isfinite(value).all() for value in _weights(model).values())
     with pytest.raises(TrainingError, match=r"not finite since step 4, 11 steps in a row"):
         train(

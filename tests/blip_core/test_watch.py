@@ -80,3 +80,14 @@ def test_mean_cosine_leaves_out_a_row_with_itself() -> None:
     torch.testing.assert_close(mean_cosine(features), expected)
     assert float(mean_cosine(features[:1])) == pytest.approx(0.0, abs=1e-6)
     assert float(mean_cosine(features[:1].expand(4, -1))) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_watch_names_steps_left_out_once_until_a_good_one_comes() -> None:
+    watch = Watch()
+    for step, is_bad in enumerate([True, True, False, True], start=1):
+        watch.see({"step": step, "not_finite": 1.0} if is_bad else _line(step))
+    assert [(each.name, each.step) for each in watch.warned] == [
+        ("not_finite", 1),
+        ("not_finite", 4),
+    ]
+    assert "use dtype float32" in watch.warned[0].message
