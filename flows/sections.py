@@ -55,6 +55,8 @@ class MachineSettings(Section):
     """Threads or processes that decode images ahead of the model."""
     decode_in: Literal["auto", "threads", "processes"] = "auto"
     """What they are when captioning and scoring: processes where there is enough to decode, or always one of the two."""
+    curate_processes: int = Field(default=1, ge=1)
+    """Processes that caption and score, on GPUs one for each; a shard is worked on by one of them."""
     stop_grace_s: float = Field(default=20.0, ge=0)
     """After SIGTERM a shard is finished if that takes about this long at most, else given up."""
     train_processes: int = Field(default=1, ge=1)
@@ -341,6 +343,13 @@ class ScoreSettings(Section):
     """Longest text in tokens, special tokens included."""
     batch_size: BatchSetting = 64
     """Images in a batch; `auto` measures what is fastest."""
+
+
+class CurateSettings(Section):
+    """How captioning and scoring go over the images; never part of a fingerprint."""
+
+    fused: bool = False
+    """Both in one pass, an image decoded once for both models; else all captions, then all scores."""
 
 
 class DecideSettings(Section):
