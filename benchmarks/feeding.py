@@ -75,7 +75,12 @@ def ours(path: Path, num_rows: int, captions_per_epoch: str) -> dict[str, float]
     before = memory()
     rows = open_rows(path, num_rows)
     started = time.process_time()
-    order = EpochOrder(rows, seed=0, captions_per_epoch=captions_per_epoch)  # type: ignore[arg-type]
+    order = EpochOrder(
+        rows,
+        seed=0,
+        captions_per_epoch=captions_per_epoch,  # type: ignore[arg-type]
+        scratch=path.parent,
+    )
     start_s = time.process_time() - started
 
     def shuffled(epoch: int) -> Row:

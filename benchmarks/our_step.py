@@ -1,5 +1,6 @@
 """blip_core's own training step, and batches to feed it and the baseline with."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -40,10 +41,20 @@ class OurStep:
         self.momentum = self.stepper.momentum.to(device)
         self._fill_queue()
         self._num_done = 0
+        self._blocks = list(self.model.vision.blocks)
+        self._compiled: list[Callable[..., Tensor] | None] = [None] * len(self._blocks)
 
-    def __call__(self, batch: Batch, dtype: str) -> Tensor:
+    def compile(self) -> None:
+        """Have the vision blocks compiled, as `TrainConfig.compile` does, for steps that ask for it."""
+        for block in self._blocks:
+            block.compile()
+        self._compiled = [block._compiled_call_impl for block in self._blocks]
+
+    def __call__(self, batch: Batch, dtype: str, *, compiled: bool = False) -> Tensor:
         """Do one step; returns the three losses (3,)."""
         stepper = self.stepper
+        for block, call in zip(self._blocks, self._compiled, strict=True):
+            block._compiled_call_impl = call if compiled else None
         if self._num_done == 0 or stepper.config.dtype != dtype:
             stepper.config = replace(stepper.config, dtype=dtype)
             stepper.begin()

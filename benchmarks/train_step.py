@@ -4,9 +4,9 @@ Both do the same: ITC with momentum twins and a full queue, ITM with hard negati
 smoothing, dropout 0.1 in the text stack, gradient clipping and AdamW, on the same captions. Before
 anything is timed, two small models with the same weights must give the same losses and gradients.
 
-    python benchmarks/train_step.py [--quick] [--json PATH] [--profile] [--device cuda]
+    python benchmarks/train_step.py [--quick] [--json PATH] [--profile] [--compile] [--device cuda]
 
-The ratio is of process CPU time on a CPU, of wall time on a GPU: medians of interleaved rounds.
+With --compile the baseline is our own step, and `ours` the same with `TrainConfig.compile`. The ratio is of process CPU time on a CPU, of wall time on a GPU: medians of interleaved rounds.
 """
 
 import argparse
@@ -66,8 +66,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Return a line {name, ours, theirs, ratio, target} per baseline and clock."""
     lines, device = [], options.device
-    has_target = options.preset == "base" and not options.quick
-    for baseline in ("padded", "longest"):
+    has_target = options.preset == "base" and not options.quick and not options.compile
+    for baseline in [name for name in seconds if name != "ours"]:
         target = TARGETS[dtype, "padded"] if baseline == "padded" else TARGET_LONGEST
         for clock in ("wall",) if device == "cuda" else ("cpu", "wall"):
             ours, theirs = (statistics.median(seconds[who][clock]) for who in ("ours", baseline))
@@ -147,6 +147,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="write the lines as a list")
     parser.add_argument("--profile", action="store_true", help="say where our step spends its time")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="our step with compiled vision blocks against without",
+    )
     parser.add_argument("--preset", default="base")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
@@ -179,6 +184,20 @@ def measured_config(options: argparse.Namespace, vocab_size: int) -> MEDConfig:
     )
 
 
+def compared_steps(dtype: str, ours: OurStep, plain: PlainStep | None) -> dict[str, Step]:
+    """Return our step and its baselines: transformers' classes, or without them our step uncompiled."""
+    if plain is None:
+        return {
+            "ours": lambda batch: ours(batch, dtype, compiled=True),
+            "uncompiled": lambda batch: ours(batch, dtype),
+        }
+    return {
+        "ours": lambda batch: ours(batch, dtype),
+        "padded": lambda batch: plain(batch, dtype, MAX_TOKENS),
+        "longest": lambda batch: plain(batch, dtype, None),
+    }
+
+
 def main() -> None:
     """Check, measure, print."""
     options = parse()
@@ -196,17 +215,17 @@ def main() -> None:
     )
     batches = [make_batch(config, batch_size, options.longest, seed) for seed in range(rounds + 1)]
     ours = OurStep(build_model(config, seed=0), tokenizer, recipe, device)
-    plain = PlainStep(PlainBLIP(config, recipe), tokenizer, recipe, device)
-    num_parameters = check_equal_size(ours.model, plain.model)
+    if options.compile:
+        ours.compile()
+        num_parameters, plain = sum(each.numel() for each in ours.model.parameters()), None
+    else:
+        plain = PlainStep(PlainBLIP(config, recipe), tokenizer, recipe, device)
+        num_parameters = check_equal_size(ours.model, plain.model)
     depths = f"{config.vision.depth} and {config.text.depth} layers"
     print(f"{options.preset}, {depths}, {num_parameters:,} parameters, {batch_size} images")
     lines: list[dict[str, Any]] = []
     for dtype in options.dtype:
-        steps: dict[str, Step] = {
-            "ours": lambda batch, dtype=dtype: ours(batch, dtype),
-            "padded": lambda batch, dtype=dtype: plain(batch, dtype, MAX_TOKENS),
-            "longest": lambda batch, dtype=dtype: plain(batch, dtype, None),
-        }
+        steps = compared_steps(dtype, ours, plain)
         seconds = measure(steps, batches, options.device)
         for line in compare(dtype, seconds, options):
             lines.append(line)

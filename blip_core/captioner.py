@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blip_core.generation import CaptionConfig, FinishReason, Sequences
 from blip_core.med import MED, require_room
+from blip_core.packed import DType, for_inference
 from blip_core.tokenizer import MEDTokenizer, require_vocabulary
 from blip_core.transforms import EvalTransform
 
@@ -25,7 +26,7 @@ class GeneratedCaption:
     mean_logprob: float
     """Per generated token, [SEP] included."""
     finish_reason: FinishReason
-    """`sep`, or `length` when max_new_tokens cut it."""
+    """`sep`, or `length` when max_new_tokens cut it; `nan` when the model gave no number: there is no text."""
 
 
 class MEDCaptioner:
@@ -38,10 +39,11 @@ class MEDCaptioner:
         config: CaptionConfig,
         device: torch.device | str = "cpu",
         transform: EvalTransform | None = None,
+        *,
+        dtype: DType = "float32",
     ) -> None:
-        """`transform` defaults to the paper's, at the model's image size."""
-        self.model, self.tokenizer, self.config = model.to(device).eval(), tokenizer, config
-        self.device = torch.device(device)
+        """`transform` defaults to the paper's, at the model's image size; `model` itself is left as it is."""
+        self.tokenizer, self.config = tokenizer, config
         self.transform = transform or EvalTransform(model.config.vision.image_size_px)
         self.prompt_ids = tokenizer.prompt_ids(config.prompt)
         model.require_head("lm", "a captioner")
@@ -50,7 +52,9 @@ class MEDCaptioner:
         # never generated: special tokens but [SEP], and ids that a larger model head has to spare
         special = [token for token in tokenizer.special_ids if token != tokenizer.sep_id]
         spare = range(tokenizer.vocab_size, model.config.text.vocab_size)
-        self.forbidden_ids = [*special, *spare]
+        # the released code forbids none, and leaves them out of the text
+        self.forbidden_ids = [*([] if config.decoding == "official" else special), *spare]
+        self.model = for_inference(model, device=device, dtype=dtype)
 
     @torch.inference_mode()
     def caption(
@@ -75,7 +79,7 @@ class MEDCaptioner:
         captions = []
         triples = zip(found.ids, found.sum_logprobs, found.finish_reasons, strict=True)
         for ids, total, reason in triples:
-            length = len(ids) + (reason == "sep")
+            length = max(1, len(ids) + (reason == "sep"))
             captions.append(
                 GeneratedCaption(self.tokenizer.decode(ids), len(ids), total / length, reason)
             )

@@ -20,11 +20,17 @@ from blip_core.losses import IGNORED, lm_labels
 from blip_core.med import MED
 from blip_core.momentum import MomentumEncoders
 from blip_core.objectives import OBJECTIVES, Losses, Ranks, StepInputs, compute_losses
+from blip_core.sharding import shard
+from blip_core.split_tensors import own_part
 from blip_core.train_config import TrainConfig
 
 
 class Forward:
-    """Computes the losses of a batch; with several ranks, its backward averages their gradients."""
+    """Computes the losses of a batch; with several ranks, its backward averages their gradients.
+
+    With `sharding` "full" it splits the model and its twins over the ranks when it is made, so an optimizer
+    comes after it; otherwise ranks are joined by `join`, once the weights are those to begin with.
+    """
 
     def __init__(
         self,
@@ -38,14 +44,22 @@ class Forward:
     ) -> None:
         self.world, self.config, self.device = world, config, device
         self._call: nn.Module = _Step(model, momentum, config, world, vision_frozen)
-        if world.size > 1:
-            self._call = DistributedDataParallel(
-                self._call,
-                device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=set(config.objectives) != set(OBJECTIVES),
-            )
+        self.is_sharded = is_sharded(config, world)
+        if self.is_sharded:
+            shard(self._call, model, momentum, device)
+
+    def join(self, config: TrainConfig) -> None:
+        """Give all ranks the first one's weights, and exchange gradients from now on; `config` says the dtype."""
+        self.config = config
+        if self.world.size == 1 or self.is_sharded:
+            return
+        self._call = DistributedDataParallel(
+            self._call,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=set(config.objectives) != set(OBJECTIVES),
+        )
 
     def __call__(
         self,
@@ -65,7 +79,10 @@ class Forward:
         return Losses(**values)
 
     def sync(self, is_last: bool) -> AbstractContextManager[Any]:
-        """Return the context of one micro-batch: gradients are exchanged with the last one only."""
+        """Return the context of one micro-batch: gradients are exchanged with the last one only.
+
+        Where they are sharded, with each: a rank would have to hold all of them otherwise.
+        """
         if isinstance(self._call, DistributedDataParallel) and not is_last:
             return self._call.no_sync()
         return nullcontext()
@@ -150,10 +167,15 @@ def arranged(model: MED, config: TrainConfig) -> Iterator[None]:
             block._compiled_call_impl = None
 
 
-def is_finite(model: nn.Module) -> bool:
-    """Return whether every parameter is finite."""
-    norms = torch._foreach_norm([parameter.detach() for parameter in model.parameters()])
-    return bool(torch.isfinite(torch.stack(list(norms))).all())
+def is_sharded(config: TrainConfig, world: World) -> bool:
+    """Return whether a model is split over the ranks; one rank has nothing to share."""
+    return config.sharding == "full" and world.size > 1
+
+
+def is_finite(model: nn.Module, world: World) -> bool:
+    """Return whether every parameter is finite, on all ranks."""
+    norms = torch._foreach_norm([own_part(each.detach()) for each in model.parameters()])
+    return all_finite(world, torch.stack(list(norms)).max())
 
 
 def all_finite(world: World, *values: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from blip_core.config import require
 from blip_core.med import MED
+from blip_core.split_tensors import own_part
 from blip_core.vision import encode_cls
 
 
@@ -106,7 +107,11 @@ class MomentumEncoders(nn.Module):
         """Move every twin towards the model: p_m = momentum * p_m + (1 - momentum) * p."""
         online = dict(model.named_parameters())
         twins = [(parameter, online[name]) for name, parameter in self.named_parameters()]
-        torch._foreach_lerp_([t for t, _ in twins], [p.detach() for _, p in twins], 1.0 - momentum)
+        torch._foreach_lerp_(
+            [own_part(twin) for twin, _ in twins],
+            [own_part(parameter.detach()) for _, parameter in twins],
+            1.0 - momentum,
+        )
 
     @torch.no_grad()
     def features(

@@ -3,19 +3,21 @@
 Every random draw comes from (seed, step, rank), so a step done again after a kill is the same step.
 """
 
+import copy
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blip_core.distributed import World
 from blip_core.errors import TrainingError
-from blip_core.forward import Forward, all_finite
+from blip_core.forward import Forward, all_finite, is_sharded
 from blip_core.med import MED
 from blip_core.momentum import MomentumEncoders
 from blip_core.objectives import Batch, Losses, StepInputs
 from blip_core.schedule import learning_rate, parameter_groups, ramp
+from blip_core.split_tensors import average_whole, fill, separated, total_norm, whole_tensor
 from blip_core.tokenizer import MEDTokenizer
 from blip_core.train_config import TrainConfig
 
@@ -32,7 +34,10 @@ class StepDone:
 
 
 class Stepper:
-    """A model with its optimizer, momentum encoders and queue."""
+    """A model with its optimizer, momentum encoders and queue.
+
+    `model` is what is trained: the given one, or with `sharding` "full" a copy that is split over the ranks.
+    """
 
     def __init__(
         self,
@@ -42,7 +47,10 @@ class Stepper:
         world: World,
         device: torch.device,
     ) -> None:
-        self.model, self.config, self.world, self.device = model, config, world, device
+        self._given = model
+        self.model = copy.deepcopy(model) if is_sharded(config, world) else model
+        model = self.model
+        self.config, self.world, self.device = config, world, device
         self._tokenizer = tokenizer
         self.vision_frozen = not any(p.requires_grad for p in model.vision.parameters())
         self.momentum = (
@@ -50,18 +58,21 @@ class Stepper:
             if "itc" in config.objectives
             else None
         )
+        self._forward = Forward(
+            model, self.momentum, config, world, device, vision_frozen=self.vision_frozen
+        )
+        groups = parameter_groups(
+            model,
+            config.weight_decay,
+            config.weight_decay_on,
+            fresh_lr_scale=config.fresh_lr_scale,
+        )
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(
-                model,
-                config.weight_decay,
-                config.weight_decay_on,
-                fresh_lr_scale=config.fresh_lr_scale,
-            ),
+            separated(groups),
             lr=config.learning_rate,
             betas=(0.9, config.adam_beta2),
             fused=True,
         )
-        self._forward: Forward | None = None
 
     def train_mode(self) -> None:
         """Turn dropout on where something is trained."""
@@ -71,20 +82,21 @@ class Stepper:
 
     def begin(self) -> None:
         """Join the ranks with the weights as they are now; after loading, before the first step."""
-        self._forward = Forward(
-            self.model,
-            self.momentum,
-            self.config,
-            self.world,
-            self.device,
-            vision_frozen=self.vision_frozen,
-        )
+        self._forward.join(self.config)
         self.train_mode()
+
+    def whole_model(self) -> MED:
+        """Return the given model with the weights as they are now; all ranks call this."""
+        given = self._given
+        if given is not self.model:
+            trained = dict(self.model.named_parameters())
+            for name, parameter in given.named_parameters():
+                fill(parameter, whole_tensor(trained[name]))
+        return given
 
     def do(self, step: int, batches: list[Batch]) -> StepDone | None:
         """Do one optimizer step; None, and no weight of the model moved, when a loss or gradient is not finite."""
         config, model, world, forward = self.config, self.model, self.world, self._forward
-        assert forward is not None, "begin() comes first"
         torch.manual_seed(_step_seed(config.seed, step, world.rank))
         shared = None
         if world.size > 1:  # draws that all ranks make alike
@@ -108,6 +120,8 @@ class Stepper:
                 (losses.total / len(micro)).backward()  # type: ignore[no-untyped-call]
             losses.total = losses.total.detach()
             done.append(losses)
+        if forward.is_sharded:
+            average_whole(model.parameters(), world)
         grad_norm = self._grad_norm()
         if not all_finite(world, grad_norm, *(losses.total for losses in done)):
             self.optimizer.zero_grad(set_to_none=True)
@@ -151,9 +165,8 @@ class Stepper:
 
     def _grad_norm(self) -> Tensor:
         """Return the norm () of all gradients."""
-        return nn.utils.get_total_norm(
-            [p.grad for p in self.model.parameters() if p.grad is not None]
-        )
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return total_norm(grads, self.world)
 
     def _update(self, grad_norm: Tensor) -> None:
         """Do the optimizer's step with gradients clipped where asked.

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from blip_core.config import MEDConfig, require, require_positive
 from blip_core.objectives import OBJECTIVES, Objective
 from blip_core.schedule import DECAY_SCOPES, SCHEDULES, DecayScope, Schedule
+from blip_core.sharding import SHARDINGS, Sharding
 
 TeacherMode = Literal["eval", "train"]
 NegativesFrom = Literal["rank", "all_ranks"]
@@ -17,10 +18,11 @@ UNCOMPARED = (
     "checkpoint_every_steps",
     "keep_checkpoints",
     "checkpoint_blocks",
+    "sharding",
     "peak_flops",
     "max_skipped_in_a_row",
 )
-"""Fields that a run may be continued with at another value: they change no weight."""
+"""Fields that a run may be continued with at another value: they change no weight, but for the order of sums."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +89,9 @@ class TrainConfig:
     """Compile the vision blocks with torch.compile; needs a C++ compiler or CUDA."""
     checkpoint_blocks: int = 0
     """Last vision blocks whose activations are computed again in backward, to save memory."""
+    sharding: Sharding = "none"
+    """With several ranks: `full` splits weights, gradients, optimizer state and momentum encoders over them (FSDP2),
+    `none` keeps all on every rank (DistributedDataParallel). Checkpoints are the same."""
     seed: int = 0
     checkpoint_every_steps: int = 1000
     keep_checkpoints: int = 2
@@ -153,6 +158,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "teacher_mode": ("eval", "train"),
     "negatives_from": ("rank", "all_ranks"),
     "best_mode": ("min", "max"),
+    "sharding": SHARDINGS,
 }
 _NOT_NEGATIVE = (
     "min_learning_rate",

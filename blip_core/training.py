@@ -21,7 +21,7 @@ import torch
 from blip_core.config import require
 from blip_core.distributed import World, current_world
 from blip_core.errors import TrainingError
-from blip_core.forward import arranged, is_finite
+from blip_core.forward import arranged, is_finite, is_sharded
 from blip_core.med import MED
 from blip_core.objectives import Batch
 from blip_core.recorder import Recorder
@@ -85,7 +85,8 @@ def train(
     batch is prepared in a thread while a step computes; `batches` must not use torch's global generator.
 
     Inside a process group all ranks call this with the same arguments, and a folder that all of them see.
-    With `config.best_metric`, `evaluate` must give a number of that name, and the model ends as the best.
+    With `config.sharding` "full" a split copy is trained; `model` waits whole in the host's memory, and is given
+    the weights for evaluations and in the end. With `config.best_metric`, `evaluate` must give a number of that name, and the model ends as the best.
 
     Raises:
         ConfigError: a setting does not fit the model, the tokenizer, the ranks or the folder.
@@ -97,12 +98,15 @@ def train(
         f"best_metric is {config.best_metric!r} and evaluate is {'' if evaluate else 'not '}given: "
         "both or neither",
     )
-    run = _Run(model.to(device), tokenizer, config, Path(folder), torch.device(device))
-    run.evaluate = evaluate
+    # a model that is split goes to the device part by part
+    model.to("cpu" if is_sharded(config, current_world()) else device)
     try:
-        with arranged(model, config):
+        run = _Run(model, tokenizer, config, Path(folder), torch.device(device))
+        run.evaluate = evaluate
+        with arranged(run.stepper.model, config):
             return run.train(batches, on_log)
     finally:
+        model.to(device)
         model.requires_grad_(True)
         model.eval()
 
@@ -120,8 +124,7 @@ class _Run:
         folder: Path,
         device: torch.device,
     ) -> None:
-        self.model, self.config = model, config
-        self.world = current_world()
+        self.config, self.world, self.device = config, current_world(), device
         _check_batch(config, self.world)
         self.folder = TrainingFolder(folder, num_kept=config.keep_checkpoints, world=self.world)
         settings = compared_settings(config, model.config)
@@ -178,7 +181,7 @@ class _Run:
     def load(self) -> TrainingState:
         """Load the last good checkpoint, if any."""
         stepper = self.stepper
-        return self.folder.load_latest(self.model, stepper.optimizer, stepper.momentum)
+        return self.folder.load_latest(stepper.model, stepper.optimizer, stepper.momentum)
 
     def step(self, batches: list[Batch]) -> None:
         """Do one optimizer step, or skip it when it is not finite."""
@@ -200,6 +203,7 @@ class _Run:
         limit = self.config.max_skipped_in_a_row
         if self.state.num_skipped_in_a_row > limit:
             back = self.load().step
+            self.stepper.whole_model()
             where = f"the model is back at step {back}" if back else "there is no checkpoint yet"
             raise TrainingError(
                 f"the loss is not finite since step {step - limit}, {limit + 1} steps in a row; {where}: "
@@ -224,10 +228,11 @@ class _Run:
         """Evaluate the model; keep it when it is the best so far, stop the run when none gets better."""
         config, state, name = self.config, self.state, self.config.best_metric or ""
         is_better, is_stopped = False, False
+        model = self.stepper.whole_model()
         if self.world.is_first:
-            self.model.eval()
+            model.to(self.device).eval()
             with torch.no_grad():
-                numbers = {k: float(v) for k, v in evaluate(self.model, state.step).items()}
+                numbers = {k: float(v) for k, v in evaluate(model, state.step).items()}
             require(
                 name in numbers, f"best_metric {name!r} is not in what evaluate gave: {[*numbers]}"
             )
@@ -237,7 +242,9 @@ class _Run:
             is_better = math.isfinite(value) and (best is None or sign * value < sign * best)
             if is_better:
                 state.best_step, state.best_value = state.step, value
-                self.folder.save_best(state.step, self.model)
+                self.folder.save_best(state.step, model)
+            if model is not self.stepper.model:
+                model.to("cpu")
             state.num_worse = 0 if is_better else state.num_worse + 1
             is_stopped = config.patience is not None and state.num_worse >= config.patience
         self.stepper.train_mode()
@@ -246,8 +253,9 @@ class _Run:
 
     def checkpoint(self, is_last: bool) -> None:
         """Save the run, unless its weights are broken: then the checkpoint before stays the last good one."""
-        if is_finite(self.model):
-            self.folder.save(self.state, self.model, self.stepper.optimizer, self.stepper.momentum)
+        stepper = self.stepper
+        if is_finite(stepper.model, self.world):
+            self.folder.save(self.state, stepper.model, stepper.optimizer, stepper.momentum)
             return
         problem = f"weights are not finite after step {self.state.step}; no checkpoint is written"
         if is_last:
@@ -256,10 +264,10 @@ class _Run:
 
     def result(self, resumed_from: int) -> TrainResult:
         """Load the best model where one is asked for, and say how the run ended."""
-        state, best_step = self.state, None
+        state, best_step, model = self.state, None, self.stepper.whole_model()
         if self.config.best_metric is not None and state.best_step:
             best_step = state.best_step
-            self.folder.load_best(best_step, self.model)
+            self.folder.load_best(best_step, model)
         return TrainResult(
             steps=state.step,
             resumed_from=resumed_from,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from blip_core.distributed import World
 from blip_core.errors import CheckpointError, ConfigError, CorruptCheckpoint
+from blip_core.split_tensors import gathered, split_like
 from blip_core.vision import load_strict
 
 logger = logging.getLogger(__name__)
@@ -98,13 +99,18 @@ class TrainingFolder:
         optimizer: torch.optim.Optimizer,
         momentum: nn.Module | None,
     ) -> None:
-        """Write the checkpoint of `state.step`, then delete all but the last few; ranks wait for it."""
-        if self.world.is_first:
-            tensors = {
-                "model": model.state_dict(),
-                "optimizer": _optimizer_tensors(model, optimizer),
-                "momentum": momentum.state_dict() if momentum is not None else {},
-            }
+        """Write the checkpoint of `state.step`, then delete all but the last few; ranks wait for it.
+
+        All ranks call this. The files are the same whether tensors are split over the ranks or not.
+        """
+        parts = {
+            "model": model.state_dict(),
+            "optimizer": _optimizer_tensors(model, optimizer),
+            "momentum": momentum.state_dict() if momentum is not None else {},
+        }
+        is_first = self.world.is_first
+        tensors = {part: gathered(values, keep=is_first) for part, values in parts.items()}
+        if is_first:
             self._write(f"step-{state.step:06d}", tensors, asdict(state))
             for old in self._numbered("step-")[self.num_kept :]:
                 shutil.rmtree(old)
@@ -252,7 +258,7 @@ def _load_optimizer(
         if parameter_name not in parameters:
             raise CheckpointError(f"{path}: optimizer state of unknown parameter {parameter_name}")
         parameter = parameters[parameter_name]
-        optimizer.state[parameter][key] = value.to(parameter.device)
+        optimizer.state[parameter][key] = split_like(parameter, value)
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from blip_core.attention import attend
 from blip_core.config import VisionConfig
 from blip_core.errors import CheckpointError
+from blip_core.split_tensors import fill
 from blip_core.weight_files import listed, read_safetensors
 
 
@@ -211,6 +212,5 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], where: str) -> None
     ]
     if problems:
         raise CheckpointError(f"{where} does not fit the model; {'; '.join(problems)}")
-    with torch.no_grad():
-        for key, tensor in own.items():
-            tensor.copy_(state[key])
+    for key, tensor in own.items():
+        fill(tensor, state[key])

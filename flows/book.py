@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import Any
 
 from flows.session import Run
 from flows.steps.gate import Verdict
@@ -49,6 +51,24 @@ def timed(run: Run, stage: str) -> Iterator[StageBook]:
             counts={**record.counts, **book.counts},
         ),
     )
+
+
+def note_speed(run: Run, training: str, history: Sequence[Mapping[str, Any]]) -> None:
+    """Record how fast a training went: medians of its history's lines, and the most memory.
+
+    Not among the metrics: those are the same whenever a model is trained anew.
+    """
+    record = rounds.read_round(run.lake, run.round)
+    lines = [line for line in history if "images_per_s" in line]
+    if record is None or not lines:
+        return
+    speed = {"memory_gib": max(float(line["memory_gib"]) for line in lines)}
+    for name in ("images_per_s", "mfu"):
+        known = [float(line[name]) for line in lines if line[name] is not None]
+        if known:
+            speed[name] = statistics.median(known)
+    changed = dataclasses.replace(record, speed={**record.speed, training: speed})
+    rounds.write_round(run.lake, changed)
 
 
 def finish_round(run: Run, verdict: Verdict, champion_id: str) -> None:

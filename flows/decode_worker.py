@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from blip_core.errors import DecodeError
-from blip_core.transforms import decode_image
+from blip_core.transforms import decode_for
 
 Transform = Callable[[Image.Image], Any]
 
@@ -58,8 +58,8 @@ def decode_into(
     Whatever a picture does to a library, it costs that picture alone.
     """
     try:
-        picture = decode_image(data)
-        for array, transform in zip(out, transforms, strict=True):
+        pictures = decode_for(data, transforms)
+        for array, transform, picture in zip(out, transforms, pictures, strict=True):
             array[place] = made_by(transform, picture)
     except DecodeError as err:
         return str(err)

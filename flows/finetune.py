@@ -19,8 +19,9 @@ from flows.errors import SettingsError
 from flows.export import LAYOUTS, require_free, write_folder
 from flows.session import Run
 from flows.settings import BootstrapSettings
+from flows.steps.plan import Objective, TrainPlan
 from flows.steps.plans import HUMAN_SQL
-from flows.steps.train import Objective, TrainPlan, train_model
+from flows.steps.train import train_model
 from storage import CaptionSetConfig, Lake, ModelRef, ingest_captions, local_folder, registry
 from storage.layout import LAKE
 
@@ -126,13 +127,14 @@ def _registered(lake: Lake, start: LoadedModel, name: str) -> ModelRef:
 
 
 def _plan(run: Run, role: Literal["captioner", "filter"], start: ModelRef) -> TrainPlan:
+    section = run.settings.captioner if role == "captioner" else run.settings.filter
     return TrainPlan(
         name=role,
         role=role,
         round=run.round,
-        sql=HUMAN_SQL,
+        sql=section.sql or HUMAN_SQL,
         objectives=OBJECTIVES[role],
         parent=start,
         tokenizer_of=start,
-        settings=run.settings.captioner if role == "captioner" else run.settings.filter,
+        settings=section,
     )

@@ -6,16 +6,25 @@ Rows are drawn in a new order every epoch, each once; or images are, each with o
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from flows.errors import SettingsError
 from storage import TrainSet
+from storage.errors import StorageFull
 
 CaptionsPerEpoch = Literal["all", "one"]
+
+MAPPED_FROM = 1_000_000
+"""Numbers from which on an array lies in a file that is mapped, not in memory of its own."""
+CHUNK = 1 << 20
 
 
 class EpochOrder:
@@ -26,11 +35,13 @@ class EpochOrder:
     of its captions of that source, evenly, by (seed, epoch, image_id).
 
     Costs 4 bytes for each place of an epoch (8 while two epochs meet), and 4 for each image with
-    "one"; 8 each from 2**32 rows on.
+    "one"; 8 each from 2**32 rows on. With `scratch`, a folder, those of MAPPED_FROM places or more
+    lie in a file there that no other process sees: page cache, which the system may take back.
 
     Raises:
         SettingsError: with "one", a row's source has no weight, or an image has only captions of
             weight 0; names them.
+        StorageFull: `scratch` has no room.
     """
 
     def __init__(
@@ -40,12 +51,15 @@ class EpochOrder:
         seed: int,
         captions_per_epoch: CaptionsPerEpoch = "all",
         source_weights: Mapping[str, float] | None = None,
+        scratch: Path | None = None,
     ) -> None:
-        self._rows, self._seed = rows, seed
+        self._rows, self._seed, self._scratch = rows, seed, scratch
         self._starts: np.ndarray | None = None
         self._weights: Mapping[str, float] = {}
         if captions_per_epoch == "one":
-            self._starts = rows.image_starts()
+            found = rows.image_starts()
+            self._starts = self._room(len(found), found.dtype)
+            self._starts[:] = found
             self._weights = _checked_weights(rows, self._starts, source_weights)
         self._num_places = len(rows) if self._starts is None else len(self._starts)
         self._epochs: dict[int, np.ndarray] = {}
@@ -60,7 +74,10 @@ class EpochOrder:
         epoch, place = divmod(position, self._num_places)
         with self._lock:
             if epoch not in self._epochs:
-                order = np.arange(self._num_places, dtype=self._rows.number_type)
+                order = self._room(self._num_places, np.dtype(self._rows.number_type))
+                for first in range(0, self._num_places, CHUNK):
+                    part = order[first : first + CHUNK]
+                    part[:] = np.arange(first, first + len(part))
                 np.random.default_rng((self._seed, 0, epoch)).shuffle(order)
                 self._epochs[epoch] = order
             number = int(self._epochs[epoch][place])
@@ -72,6 +89,24 @@ class EpochOrder:
         with self._lock:
             for past in [known for known in self._epochs if known < epoch]:
                 del self._epochs[past]
+
+    def _room(self, count: int, dtype: np.dtype[Any]) -> np.ndarray:
+        """An array of `count` numbers, not yet filled; mapped when it is large."""
+        if self._scratch is None or count < MAPPED_FROM:
+            return np.empty(count, dtype)
+        size = count * dtype.itemsize
+        try:
+            with tempfile.TemporaryFile(dir=self._scratch) as file:
+                if hasattr(os, "posix_fallocate"):  # else a full disk ends the process later
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    file.truncate(size)
+                return np.frombuffer(mmap.mmap(file.fileno(), size), dtype)
+        except OSError as err:
+            raise StorageFull(
+                f"the order of {count} rows takes {size / 2**20:.0f} MiB in {self._scratch}, which are "
+                f"not there ({err.strerror}); make room, or set machine.scratch to a folder that has it"
+            ) from err
 
     def _caption(self, epoch: int, image: int, starts: np.ndarray) -> int:
         """The row that is drawn among those of image number `image`."""

@@ -20,11 +20,12 @@ import psutil
 import torch
 
 from blip_core.distributed import join_world
-from flows.sections import TrainSettings
 from flows.session import Run
 from flows.settings import parse_settings
+from flows.steps.plan import TrainPlan
 from flows.steps.ranks import ERROR, HISTORY, PROGRESS
-from flows.steps.train import TrainPlan, fit
+from flows.steps.train import fit
+from flows.train_section import TrainSettings
 from storage import Lake, ModelRef, TrainSetRef
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -49,7 +50,8 @@ def _train(path: Path) -> None:
         scratch = Path(job["scratch"]) if job["scratch"] else None
         lake = Lake.open(settings.machine.lake, scratch_root=scratch)
         run = Run(lake, settings, job["round"])
-        history = fit(run, plan, TrainSetRef(**job["rows"]), path.parent, _tell)
+        dev = TrainSetRef(**job["dev"]) if job["dev"] else None
+        history = fit(run, plan, TrainSetRef(**job["rows"]), path.parent, _tell, dev=dev)
         if world.is_first:
             (path.parent / HISTORY).write_text(json.dumps(history), encoding="utf-8")
         world.wait()

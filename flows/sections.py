@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-from storage.schemas import SOURCES
+from pydantic import BaseModel, ConfigDict, Field
 
 
 def _hide_defaults(schema: dict[str, Any]) -> None:
@@ -26,6 +24,7 @@ def _hide_defaults(schema: dict[str, Any]) -> None:
                 field["description"] = f"{field.get('description', '')} (default {shown})".strip()
 
 
+InferenceType = Literal["float32", "bfloat16", "float16"]
 BatchSetting = Annotated[int, Field(ge=1)] | Literal["auto"]
 
 
@@ -61,6 +60,8 @@ class MachineSettings(Section):
     """After SIGTERM a shard is finished if that takes about this long at most, else given up."""
     train_processes: int = Field(default=1, ge=1)
     """Processes that train one model together, on GPUs one for each; they share every batch."""
+    train_sharding: Literal["none", "full"] = "none"
+    """With several train_processes: `full` splits weights, gradients and optimizer state over them."""
     on_stale: Literal["error", "rebuild"] = "error"
     """What to do with a part whose fingerprint differs: stop with the reason, or rebuild it."""
 
@@ -194,121 +195,6 @@ class ModelSettings(Section):
     """Mean and standard deviation of the pixels, as the starting vision weights expect them."""
 
 
-class TrainSettings(Section):
-    """One training run; the fields are those of `blip_core.TrainConfig`."""
-
-    steps: int = Field(default=100_000, ge=1)
-    """Optimizer steps."""
-    batch_size: int = Field(default=64, ge=1)
-    """Pairs in a forward pass, shared equally by machine.train_processes."""
-    accumulate_steps: int = Field(default=1, ge=1)
-    """Forward passes that make one optimizer step."""
-    learning_rate: float = Field(default=3e-4, gt=0)
-    """Peak learning rate."""
-    fresh_lr_scale: float = Field(default=1.0, gt=0)
-    """Factor of it for cross-attention and heads, when the rest starts from trained weights."""
-    min_learning_rate: float = Field(default=1e-6, ge=0)
-    """Learning rate at the end."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up."""
-    schedule: Literal["cosine", "linear", "constant", "step_decay", "epoch_decay"] = "cosine"
-    """How the learning rate falls; step_decay multiplies it by decay_rate every twentieth of the
-    run, epoch_decay after every epoch."""
-    decay_rate: float = Field(default=0.9, gt=0, le=1)
-    """Factor of step_decay and epoch_decay."""
-    steps_per_epoch: int | None = Field(default=None, ge=1)
-    """Steps of an epoch for epoch_decay; those that read every row once when not given."""
-    weight_decay: float = Field(default=0.05, ge=0)
-    """AdamW weight decay."""
-    weight_decay_on: Literal["matrices", "all"] = "matrices"
-    """What decays: matrices, or all parameters as in the released code."""
-    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
-    """AdamW's second momentum; 0.98 suits short runs."""
-    grad_clip_norm: float | None = Field(default=1.0, gt=0)
-    """Largest gradient norm; no clipping when null."""
-    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    """Label smoothing of the language-model loss."""
-    distill_alpha: float = Field(default=0.4, ge=0, le=1)
-    """Weight of the momentum teacher's soft targets."""
-    alpha_ramp_steps: int = Field(default=0, ge=0)
-    """Steps over which that weight rises from 0."""
-    momentum: float = Field(default=0.995, ge=0, lt=1)
-    """Momentum of the teacher."""
-    teacher_mode: Literal["eval", "train"] = "eval"
-    """Teacher without dropout, or with it as in the released code."""
-    queue_size: int = Field(default=57_600, ge=0)
-    """Features kept in the contrastive queue."""
-    negatives_from: Literal["rank", "all_ranks"] = "rank"
-    """Hard negatives from a process's own batch, or from all processes'."""
-    hard_negatives_ramp_steps: int = Field(default=0, ge=0)
-    """Steps over which ITM's negatives go from even draws to hard ones; hard at once when 0."""
-    prompt: str = ""
-    """Text put before every caption in the language-model loss, itself not supervised."""
-    max_text_tokens: int = Field(default=30, ge=4)
-    """Longest text in tokens, special tokens included."""
-    captions_per_epoch: Literal["all", "one"] = "all"
-    """An epoch holds every pair once, or every image once with one of its captions, drawn anew."""
-    source_weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None = None
-    """Weight of each source when one caption is drawn, such as {web: 1, synthetic: 1, human: 2};
-    an image's captions of one source share it. All alike when not given."""
-    augment: Literal["none", "flip_crop", "paper"] = "paper"
-    """Image augmentation: none, crop and flip, or crop, flip and RandAugment as in the paper."""
-    freeze: tuple[Literal["vision", "text", "text.word_embeddings"], ...] = ()
-    """Parts whose weights stay as they are."""
-    cache_vision: bool = False
-    """Encode every image once, before the first step: for frozen vision without augmentation."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number type of the forward pass."""
-    compile: bool = False
-    """Compile the vision blocks with torch.compile."""
-    checkpoint_blocks: int = Field(default=0, ge=0)
-    """Last vision blocks that are computed again in backward, to save memory."""
-    checkpoint_every_steps: int = Field(default=1000, ge=1)
-    """Steps between two checkpoints."""
-    keep_checkpoints: int = Field(default=2, ge=1)
-    """Last checkpoints that are kept while training."""
-    log_every_steps: int = Field(default=50, ge=1)
-    """Steps between two logged points."""
-    max_skipped_in_a_row: int = Field(default=10, ge=0)
-    """Steps in a row that may be left out because their loss is not finite."""
-    peak_flops: float | None = Field(default=None, gt=0)
-    """Operations a second that the device could do, for the logged mfu; known for some GPUs."""
-
-    @model_validator(mode="after")
-    def _check_together(self) -> TrainSettings:
-        if 0 < self.queue_size < self.batch_size * self.accumulate_steps:
-            raise ValueError(
-                f"queue_size {self.queue_size} is smaller than batch_size {self.batch_size} "
-                f"x accumulate_steps {self.accumulate_steps}; use 0 for no queue, or at least one step"
-            )
-        if self.cache_vision and ("vision" not in self.freeze or self.augment != "none"):
-            raise ValueError(
-                "cache_vision keeps what vision made of each image: it needs freeze: [vision] and "
-                f"augment: none, got freeze {list(self.freeze)} and augment {self.augment}"
-            )
-        if self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_source_weights(self) -> TrainSettings:
-        weights = self.source_weights
-        if weights is None:
-            return self
-        if self.captions_per_epoch != "one":
-            raise ValueError(
-                "source_weights say which caption is drawn: set captions_per_epoch: one"
-            )
-        if set(weights) != set(SOURCES):
-            raise ValueError(
-                f"source_weights must name {', '.join(SOURCES)}, 0 to draw none of one; "
-                f"they name {', '.join(weights) or 'none'}"
-            )
-        if not any(weights.values()):
-            raise ValueError("source_weights are all 0: no caption could be drawn")
-        return self
-
-
 class CaptionSettings(Section):
     """How the captioner writes (paper, section 3.3: nucleus sampling, p = 0.9)."""
 
@@ -334,6 +220,12 @@ class CaptionSettings(Section):
     """Captions written for each image."""
     batch_size: BatchSetting = 64
     """Images in a batch; `auto` measures what is fastest."""
+    captioner: str = Field(default="own", pattern=r"^(own$|hf:.)")
+    """`own` is finetuned here; hf:PATH is an image-to-text model of transformers, a folder or a hub name."""
+    captioner_image_size_px: int | None = Field(default=None, ge=16)
+    """Side that pictures get for a captioner of transformers; as its processor has it when not given."""
+    dtype: InferenceType = "float32"
+    """Number type of the model."""
 
 
 class ScoreSettings(Section):
@@ -343,6 +235,10 @@ class ScoreSettings(Section):
     """Longest text in tokens, special tokens included."""
     batch_size: BatchSetting = 64
     """Images in a batch; `auto` measures what is fastest."""
+    scorer: str = Field(default="own", pattern=r"^(own$|clip:.|open_clip:.)")
+    """`own` is the filter finetuned here; clip:PATH or open_clip:PATH gives itc_sim and no itm_prob."""
+    dtype: InferenceType = "float32"
+    """Number type of the model."""
 
 
 class CurateSettings(Section):
@@ -358,8 +254,8 @@ class DecideSettings(Section):
     policy: str = "blip"
     """Name of a policy in storage/policies."""
     threshold: float | None = Field(default=0.5, ge=0, le=1)
-    """Least itm_prob of a kept text (paper: the ITM head's own verdict, 0.5); null for a policy
-    that knows no `$threshold`."""
+    """Least itm_prob of a kept text (paper: the ITM head's own verdict, 0.5), least itc_sim with policy
+    itc; null for a policy that knows no `$threshold`."""
 
 
 class EvaluateSettings(Section):

@@ -20,7 +20,7 @@ from flows.settings import BootstrapSettings
 from flows.steps import plans
 from flows.steps.gate import Verdict, judge
 from flows.steps.ingest import drawn_world
-from flows.steps.train import TrainPlan
+from flows.steps.plan import TrainPlan
 from storage import ModelRef, PartRef, registry, rounds, write_catalog
 
 logger = logging.getLogger(__name__)
@@ -67,23 +67,21 @@ def finetune_filter(settings: BootstrapSettings) -> ModelRef:
 def caption(settings: BootstrapSettings) -> StageResult:
     """New captions for every web image, one part a shard."""
     with open_run(settings, purpose="caption") as run:
-        return _shards(run, "caption", models.require(run, "captioner", run.round), None)
+        return _shards(run, "caption", models.captioner_ref(run), None)
 
 
 @flow(name="score")
 def score(settings: BootstrapSettings) -> StageResult:
     """itm_prob and itc_sim of every web and synthetic text, one part a shard."""
     with open_run(settings, purpose="score") as run:
-        return _shards(run, "score", None, models.require(run, "filter", run.round))
+        return _shards(run, "score", None, models.scorer_ref(run))
 
 
 @flow(name="caption-and-score")
 def caption_and_score(settings: BootstrapSettings) -> StageResult:
     """`caption` and `score` in one pass over the images: each is decoded once for both models."""
     with open_run(settings, purpose="caption-and-score") as run:
-        captioner, scorer = (
-            models.require(run, role, run.round) for role in ("captioner", "filter")
-        )
+        captioner, scorer = models.captioner_ref(run), models.scorer_ref(run)
         return _shards(run, "caption-and-score", captioner, scorer)
 
 
@@ -129,7 +127,7 @@ def evaluate(settings: BootstrapSettings) -> StageResult:
         whole = [models.starting_model(run), plans.challenger(run)]
         wanted = list(whole)
         if run.settings.evaluate.finetuned:
-            wanted += [models.require(run, role, run.round) for role in ("captioner", "filter")]
+            wanted += models.finetuned(run)
         parts = []
         with StageProgress("evaluate", "Models measured", run.round) as progress:
             for done, ref in enumerate(wanted):

@@ -16,7 +16,7 @@ from storage.tables import commit_part, committed_part, list_parts
 
 RoundStatus = Literal["running", "promoted", "refused", "failed"]
 
-_MAPPINGS = ("settings", "counts", "seconds", "device_seconds")
+_MAPPINGS = ("settings", "counts", "seconds", "device_seconds", "speed")
 
 PART = "round"
 """The name of the one part that a round has in the rounds table."""
@@ -38,6 +38,8 @@ class RoundRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall seconds by stage."""
     device_seconds: Mapping[str, float] = field(default_factory=dict)
+    speed: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By training: images_per_s, memory_gib and, where the device's peak is known, mfu."""
 
     def __post_init__(self) -> None:
         """Rounds count from 1."""
@@ -166,6 +168,7 @@ def _unpacked(row: dict[str, Any]) -> RoundRecord:
         name: datetime.fromisoformat(row[name]) if row[name] else None
         for name in ("started_at", "finished_at")
     }
+    row.setdefault("speed", "{}")  # records of older versions have none
     return RoundRecord(**row | times | {name: json.loads(row[name]) for name in _MAPPINGS})
 
 

@@ -8,14 +8,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from blip_core import GeneratedCaption
+from flows.caption_status import REPEATED, caption_status
+from flows.foreign_models import basis_fields
 from flows.session import Run
+from flows.settings import curate_basis
 from flows.stream import ImageRow
 from storage import ModelRef, PartRef, basis_of, caption_id, fingerprint, read_part
 from storage.fingerprint import Basis
 
 logger = logging.getLogger(__name__)
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
+"""3: pictures are decoded no larger than the model reads and resized by torch; 16-bit greys keep their range;
+captions of one word are `degenerate`, captions without numbers `model_error`."""
 
 Text = tuple[str, str]
 """(caption_id, caption)."""
@@ -23,8 +28,8 @@ Text = tuple[str, str]
 
 def caption_basis(run: Run, images: Sequence[ImageRow], captioner: ModelRef) -> Basis:
     """What the captions of a shard's images are made of."""
-    settings = run.settings.caption.model_dump(mode="json", exclude={"batch_size"})
-    config = settings | {"seed": run.settings.seed}
+    config = curate_basis(run.settings.caption) | basis_fields(captioner)
+    config |= {"seed": run.settings.seed}
     # By content: a shard that was dropped and fetched anew may hold other images.
     inputs = [fingerprint("images", 1, {"image_ids": [row.image_id for row in images]}, [])]
     return basis_of("caption", STAGE_VERSION, config, inputs, captioner.model_id)
@@ -46,7 +51,8 @@ def web_images(run: Run, pairs: PartRef) -> list[ImageRow]:
 class CaptionRows:
     """Rows of `captions` for one shard, kept in the order of its images whenever they are made.
 
-    An image that cannot be decoded, and a caption that comes out empty, is a row with a status and no text.
+    An image that cannot be decoded, and a caption that comes out empty, is a row with a status and no text; one that
+    only says a word over and over keeps its text, but is not ok.
     """
 
     table = "captions"
@@ -72,10 +78,13 @@ class CaptionRows:
                 "mean_logprob": logprob if math.isfinite(logprob) else None,
                 "finish_reason": caption.finish_reason,
             }
+            status = caption_status(caption)
             if not text:
-                record |= {"status": "empty", "caption": None}
+                record |= {"status": status, "caption": None}
             elif text in seen:
-                record["status"] = "repeated"
+                record["status"] = REPEATED
+            else:
+                record["status"] = status
             seen.add(text)
             records.append(record)
         self._by_place[place] = records

@@ -1,11 +1,14 @@
-"""The four trainings of a cycle: what each learns, on which rows, from where."""
+"""The four trainings of a cycle: what each learns, on which rows, from where.
+
+A section's `sql` takes the place of the stage's own rows.
+"""
 
 from __future__ import annotations
 
 from flows import models
 from flows.errors import MissingInput
 from flows.session import Run
-from flows.steps.train import ALL_OBJECTIVES, TrainPlan
+from flows.steps.plan import ALL_OBJECTIVES, TrainPlan
 from storage import ModelRef, layout, list_parts
 
 HUMAN_SQL = "SELECT DISTINCT image_id, caption, source FROM human"
@@ -26,7 +29,7 @@ def pretrain(run: Run) -> TrainPlan:
         name="pretrain",
         role="med",
         round=0,
-        sql=FIRST_ROUND_SQL,
+        sql=run.settings.pretrain.sql or FIRST_ROUND_SQL,
         objectives=ALL_OBJECTIVES,
         parent=None,
         tokenizer_of=None,
@@ -41,7 +44,7 @@ def captioner(run: Run) -> TrainPlan:
         name="captioner",
         role="captioner",
         round=run.round,
-        sql=HUMAN_SQL,
+        sql=run.settings.captioner.sql or HUMAN_SQL,
         objectives=("lm",),
         parent=start,
         tokenizer_of=start,
@@ -56,7 +59,7 @@ def filter_(run: Run) -> TrainPlan:
         name="filter",
         role="filter",
         round=run.round,
-        sql=HUMAN_SQL,
+        sql=run.settings.filter.sql or HUMAN_SQL,
         objectives=("itc", "itm"),
         parent=start,
         tokenizer_of=start,
@@ -76,7 +79,7 @@ def retrain(run: Run) -> TrainPlan:
         name="retrain",
         role="med",
         round=run.round,
-        sql=clean_sql(run.round),
+        sql=run.settings.retrain_or_pretrain.sql or clean_sql(run.round),
         objectives=ALL_OBJECTIVES,
         parent=None,
         tokenizer_of=models.starting_model(run),

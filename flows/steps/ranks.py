@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +28,12 @@ PROGRESS = "progress "
 ERROR = "error.txt"
 """Type and message of the first error of any rank."""
 HISTORY = "history.json"
-NUM_LAST_LINES = 20
+NUM_LAST_LINES = 60
+_RANK = re.compile(r"\brank\s*: (\d+) ")
+_EXITCODE = re.compile(r"\bexitcode\s*: (-?\d+) ")
+"""Lines of torchrun's summary, one after the other for each rank that failed."""
+_FOLLOWS = (signal.SIGABRT, signal.SIGTERM)
+"""How a rank ends because another one did: nccl gives up, torchrun asks it to."""
 SECONDS_TO_END = 20
 
 
@@ -41,7 +48,7 @@ def train_in_ranks(
     """Run `flows.rank` on a job in `processes` processes of this machine; returns the history.
 
     Raises:
-        TrainingError: a process failed; holds its message.
+        TrainingError: a process failed; holds its message, or which rank was killed.
     """
     path = folder / "job.json"
     (folder / ERROR).unlink(missing_ok=True)
@@ -72,10 +79,29 @@ def train_in_ranks(
     if status != 0:
         error = folder / ERROR
         told = error.read_text(encoding="utf-8") if error.is_file() else ""
-        reason = told or "\n".join(last)
+        reason = _killed(last) or told or "\n".join(last)
         raise TrainingError(f"training in {processes} processes failed: {reason}")
     history: list[dict[str, Any]] = json.loads((folder / HISTORY).read_text(encoding="utf-8"))
     return history
+
+
+def _killed(lines: Sequence[str]) -> str:
+    """Which ranks a signal has ended, by what torchrun says; empty when none."""
+    found, rank = [], ""
+    for line in lines:
+        if match := _RANK.search(line):
+            rank = match[1]
+        elif (match := _EXITCODE.search(line)) and int(match[1]) < 0:
+            number = -int(match[1])
+            if number not in _FOLLOWS:
+                found.append(f"rank {rank} was ended by {signal.Signals(number).name}")
+    if not found:
+        return ""
+    return (
+        f"{' and '.join(found)}: somebody ended it, or the system did, for want of memory (then lower "
+        "batch_size or machine.train_processes); the others have ended too, and the same command goes on from "
+        "the last checkpoint"
+    )
 
 
 def _keep_last(stream: IO[str], last: deque[str]) -> None:

@@ -9,20 +9,23 @@ from typing import Any
 
 from blip_core import PairScore
 from flows.errors import MissingInput
+from flows.foreign_models import basis_fields
 from flows.session import Run
+from flows.settings import curate_basis
 from flows.steps.caption import Text
 from storage import ModelRef, PartRef, basis_of, committed_part, fingerprint, read_part
 from storage.fingerprint import Basis
 
 logger = logging.getLogger(__name__)
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
+"""2: pictures are decoded no larger than the model reads and resized by torch; 16-bit greys keep their range."""
 
 
 def score_basis(run: Run, caption_ids: Iterable[str], scorer: ModelRef) -> Basis:
     """What the scores of a shard's texts are made of."""
     inputs = [fingerprint("captions", 1, {"caption_ids": sorted(caption_ids)}, [])]
-    config = run.settings.score.model_dump(mode="json", exclude={"batch_size"})
+    config = curate_basis(run.settings.score) | basis_fields(scorer)
     return basis_of("score", STAGE_VERSION, config, inputs, scorer.model_id)
 
 

@@ -5,41 +5,37 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from blip_core import (
     MED,
     EvalTransform,
-    LoadedModel,
-    MEDConfig,
-    MEDTokenizer,
     TrainConfig,
     TrainLog,
+    TrainResult,
     TrainTransform,
-    build_model,
-    init_from_bert,
-    load_timm_weights,
     save_model,
 )
 from blip_core import train as run_training
 from blip_core.distributed import current_world
-from blip_core.watch import CONSTANT_ITM_LOSS, ITM_TOLERANCE, NOT_REPEATABLE
 from flows import models
 from flows.boards import Boards
-from flows.errors import SettingsError
+from flows.book import note_speed
+from flows.dev import DevSet, build_sets
 from flows.features import FrozenFeatures, frozen_features
 from flows.feed import TrainFeed
 from flows.order import EpochOrder
-from flows.sections import TrainSettings
 from flows.session import Run
 from flows.settings import model_basis, train_basis
 from flows.skipped import SkippedRows
 from flows.steps.batches import rows_table
+from flows.steps.curve import curve_rows, warn_if_stuck
+from flows.steps.plan import TrainPlan, train_config
 from flows.steps.ranks import train_in_ranks
+from flows.steps.start import start_of
 from storage import (
     Clock,
     Lake,
@@ -48,10 +44,8 @@ from storage import (
     TrainSet,
     TrainSetRef,
     basis_of,
-    build_trainset,
     commit_part,
     committed_part,
-    connect,
     fingerprint_of,
     open_trainset,
     read_part,
@@ -62,37 +56,13 @@ logger = logging.getLogger(__name__)
 
 STAGE_VERSION = 2
 FINAL = "final"
-TEXTS_AT_ONCE = 65_536
+FEATURES = "features"
+DEV_FEATURES = "dev-features"
 SKIPPED = "skipped.txt"
 ROWS_SKIPPED = "rows_skipped"
 """Metric of a finished training: rows passed over because their image could not be decoded."""
-NOT_IN_CURVES = ("step", *NOT_REPEATABLE)
-"""Of a history line: the step is the row's n, and speed and memory differ between equal runs."""
-OF_THE_FEED = ("augment", "cache_vision", "captions_per_epoch", "source_weights")
-"""Settings that say what batches hold; the engine does not know them."""
-
-Objective = Literal["itc", "itm", "lm"]
-ALL_OBJECTIVES: tuple[Objective, ...] = ("itc", "itm", "lm")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainPlan:
-    """What is trained, on which rows, from where."""
-
-    name: str
-    """pretrain, captioner, filter or retrain."""
-    role: str
-    """Role in the registry: med, captioner or filter."""
-    round: int
-    """Round that the model belongs to; 0 for pretraining."""
-    sql: str
-    """Rows of the training set: image_id, caption, source."""
-    objectives: tuple[Objective, ...]
-    parent: ModelRef | None
-    """Model to finetune; None trains a new one (paper, Table 13)."""
-    tokenizer_of: ModelRef | None
-    """Model whose tokenizer a new model takes over; None trains or loads one."""
-    settings: TrainSettings
+BEST_STEP = "best_step"
+"""Metric of a finished training that held pairs back: the step whose weights the model has."""
 
 
 def train_model(
@@ -106,10 +76,10 @@ def train_model(
     Raises:
         EmptyTrainSet: the plan's query gives no rows.
         StaleOutput: this round's model was made from something else; names what differs.
-        SettingsError: `source_weights` do not fit the rows.
+        SettingsError: `source_weights` or `dev_share` do not fit the rows.
     """
-    rows = build_trainset(run.lake, plan.sql, name=plan.name)
-    basis = _basis(run, plan, rows)
+    rows, dev = build_sets(run, plan)
+    basis = _basis(run, plan, rows, dev)
     name = f"train-{plan.name}"
     curve = committed_part(
         run.lake, "metrics", name, round=plan.round, basis=basis, on_stale=run.on_stale
@@ -121,10 +91,13 @@ def train_model(
     folder = run.lake.scratch("train", f"{plan.name}-{fingerprint_of(basis)[:16]}")
     if run.settings.machine.train_processes > 1:
         if plan.settings.cache_vision:  # here: ranks that wait for one another do not wait for long
-            _features(run, plan, rows, _start(run, plan).model, folder, on_progress)
-        history = _fit_in_ranks(run, plan, rows, folder, on_progress)
+            model = start_of(run, plan).model
+            _features(run, plan, rows, model, folder / FEATURES, on_progress)
+            if dev is not None:
+                _features(run, plan, dev, model, folder / DEV_FEATURES, on_progress)
+        history = _fit_in_ranks(run, plan, rows, dev, folder, on_progress)
     else:
-        history = fit(run, plan, rows, folder, on_progress)
+        history = fit(run, plan, rows, folder, on_progress, dev=dev)
     ref = registry.register(
         run.lake,
         folder / FINAL,
@@ -134,8 +107,9 @@ def train_model(
         trained_on=rows.fingerprint,
         config=basis["config"],
     )
-    curve_rows = rows_table("metrics", _curve(plan, ref, history))
-    commit_part(run.lake, "metrics", name, curve_rows, round=plan.round, basis=basis, clock=clock)
+    note_speed(run, plan.name, history)
+    table = rows_table("metrics", curve_rows(plan, ref, history))
+    commit_part(run.lake, "metrics", name, table, round=plan.round, basis=basis, clock=clock)
     shutil.rmtree(folder)
     return ref, True
 
@@ -151,6 +125,7 @@ def _fit_in_ranks(
     run: Run,
     plan: TrainPlan,
     rows: TrainSetRef,
+    dev: TrainSetRef | None,
     folder: Path,
     on_progress: Callable[[int, int, str], None],
 ) -> list[dict[str, Any]]:
@@ -168,6 +143,7 @@ def _fit_in_ranks(
         "scratch": str(scratch) if scratch else None,
         "plan": values | refs | {"settings": plan.settings.model_dump(mode="json")},
         "rows": dataclasses.asdict(rows),
+        "dev": dataclasses.asdict(dev) if dev is not None else None,
     }
     return train_in_ranks(
         job,
@@ -184,24 +160,35 @@ def fit(
     rows: TrainSetRef,
     folder: Path,
     on_progress: Callable[[int, int, str], None],
+    *,
+    dev: TrainSetRef | None = None,
 ) -> list[dict[str, Any]]:
     """Train and save to `folder/final`; returns the history, and last a line of `rows_skipped`.
 
-    Ranks of a process group train together.
+    With `dev`, the model is evaluated on it, and what is saved is the best one; the last line has its
+    `best_step`. Ranks of a process group train together.
     """
     world = current_world()
-    loaded = _start(run, plan)
+    loaded = start_of(run, plan)
     feed = _feed(run, plan, rows, loaded.model, folder, on_progress)
-    config = train_config(plan, run.settings.seed, feed.rows_per_epoch)
+    sharding = run.settings.machine.train_sharding
+    config = train_config(plan, run.settings.seed, feed.rows_per_epoch, sharding=sharding)
+    held_back = None
+    if dev is not None:
+        held_back = _dev_set(run, plan, dev, loaded.model, folder, on_progress)
     curves = run.lake.scratch("tensorboard", f"{plan.name}-round-{plan.round}")
     shown = train_basis(plan.settings)
     with Boards(curves, folder.name, shown) if world.is_first else nullcontext() as boards:
 
         def on_log(log: TrainLog) -> None:
-            values = dataclasses.asdict(log)
-            if boards is not None:
-                boards.log({k: v for k, v in values.items() if k != "step"}, log.step)
+            _draw(boards, dataclasses.asdict(log), log.step)
             on_progress(log.step, config.steps, f"loss {log.loss:.3f}")
+
+        def evaluate(model: MED, step: int) -> dict[str, float]:
+            assert held_back is not None
+            losses = held_back.losses(model, loaded.tokenizer, config)
+            _draw(boards, losses, step)
+            return losses
 
         try:
             result = run_training(
@@ -212,18 +199,42 @@ def fit(
                 folder / "steps",
                 device=run.device,
                 on_log=on_log,
+                evaluate=evaluate if held_back is not None else None,
             )
         finally:
             feed.close()
     if not world.is_first:
         return result.history
-    positions = result.steps * config.accumulate_steps * config.batch_size
-    num_skipped = SkippedRows(folder / SKIPPED).count(positions)
+    last = _last_line(plan, config, result, SkippedRows(folder / SKIPPED))
+    save_model(loaded.model, loaded.tokenizer, folder / FINAL)
+    return [*result.history, last]
+
+
+def _draw(boards: Boards | None, values: Mapping[str, float | None], step: int) -> None:
+    if boards is not None:
+        boards.log({name: value for name, value in values.items() if name != "step"}, step)
+
+
+def _last_line(
+    plan: TrainPlan, config: TrainConfig, result: TrainResult, skipped: SkippedRows
+) -> dict[str, Any]:
+    """What is known when a training has ended; says in the log what somebody should know of it."""
+    num_skipped = skipped.count(result.steps * config.accumulate_steps * config.batch_size)
+    last: dict[str, Any] = {"step": result.steps, ROWS_SKIPPED: num_skipped}
     if num_skipped:
         logger.warning("%s: %d undecodable rows were passed over", plan.name, num_skipped)
+    if result.best_step is not None:
+        last[BEST_STEP] = result.best_step
+        logger.info(
+            "%s: the model is that of step %d of %d, whose %s was %.4f",
+            plan.name,
+            result.best_step,
+            result.steps,
+            config.best_metric,
+            result.best_value,
+        )
     warn_if_stuck(plan.name, result.history)
-    save_model(loaded.model, loaded.tokenizer, folder / FINAL)
-    return [*result.history, {"step": result.steps, ROWS_SKIPPED: num_skipped}]
+    return last
 
 
 def _feed(
@@ -242,15 +253,45 @@ def _feed(
     return TrainFeed(
         run.lake,
         opened,
-        TrainTransform(size, augment=settings.augment, mean=mean, std=std),
+        TrainTransform(
+            size,
+            augment=settings.augment,
+            mean=mean,
+            std=std,
+            min_crop_area=settings.min_crop_area,
+            swap_sides=settings.swap_sides,
+        ),
         batch_size=settings.batch_size,
         seed=run.settings.seed,
         workers=run.settings.machine.decode_workers,
         world=world,
-        features=_features(run, plan, rows, model, folder, on_progress),
+        features=_features(run, plan, rows, model, folder / FEATURES, on_progress),
         order=_order(run, plan, opened),
         skipped=SkippedRows(folder / SKIPPED),
     )
+
+
+def _dev_set(
+    run: Run,
+    plan: TrainPlan,
+    rows: TrainSetRef,
+    model: MED,
+    folder: Path,
+    on_progress: Callable[[int, int, str], None],
+) -> DevSet:
+    """The pairs held back, to evaluate on."""
+    return DevSet(
+        run,
+        open_trainset(run.lake, rows),
+        _eval_transform(run, model),
+        batch_size=plan.settings.batch_size,
+        features=_features(run, plan, rows, model, folder / DEV_FEATURES, on_progress),
+    )
+
+
+def _eval_transform(run: Run, model: MED) -> EvalTransform:
+    mean, std = models.pixel_stats(run)
+    return EvalTransform(model.config.vision.image_size_px, mean=mean, std=std)
 
 
 def _features(
@@ -261,16 +302,15 @@ def _features(
     folder: Path,
     on_progress: Callable[[int, int, str], None],
 ) -> FrozenFeatures | None:
-    """What frozen vision makes of the plan's images, made or found; None when it is not kept."""
+    """What frozen vision makes of the images of `rows`, made or found in `folder`; None when it is not kept."""
     if not plan.settings.cache_vision:
         return None
-    mean, std = models.pixel_stats(run)
     return frozen_features(
         run,
         open_trainset(run.lake, rows),
         model,
-        EvalTransform(model.config.vision.image_size_px, mean=mean, std=std),
-        folder / "features",
+        _eval_transform(run, model),
+        folder,
         dtype=plan.settings.dtype,
         on_progress=lambda done, total: on_progress(done, total, "encoding images"),
     )
@@ -284,52 +324,13 @@ def _order(run: Run, plan: TrainPlan, rows: TrainSet) -> EpochOrder:
         seed=run.settings.seed,
         captions_per_epoch=settings.captions_per_epoch,
         source_weights=settings.source_weights,
+        scratch=run.lake.scratch("order"),
     )
 
 
-def warn_if_stuck(name: str, history: list[dict[str, Any]]) -> bool:
-    """Say so when matching ended where a constant answer would: the filter would drop everything."""
-    losses = [line["loss_itm"] for line in history if line.get("loss_itm") is not None]
-    if not losses or abs(losses[-1] - CONSTANT_ITM_LOSS) > ITM_TOLERANCE:
-        return False
-    logger.warning(
-        "%s: loss_itm ended at %.4f, what one constant answer gives (%.4f): matching has learned "
-        "nothing yet. Train for more steps, raise the learning rate, or start from trained weights",
-        name,
-        losses[-1],
-        CONSTANT_ITM_LOSS,
-    )
-    return True
-
-
-def _curve(plan: TrainPlan, ref: ModelRef, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The history as rows of `metrics`: dataset train-<plan>, n = step."""
-    return [
-        {
-            "round": plan.round,
-            "model_id": ref.model_id,
-            "dataset": f"train-{plan.name}",
-            "metric": metric,
-            "value": value,
-            "n": line["step"],
-        }
-        for line in history
-        for metric, value in line.items()
-        if metric not in NOT_IN_CURVES and value is not None
-    ]
-
-
-def train_config(plan: TrainPlan, seed: int, rows_per_epoch: int) -> TrainConfig:
-    """The core's configuration of a plan whose epochs have `rows_per_epoch` rows."""
-    settings = plan.settings
-    fields = settings.model_dump(exclude=set(OF_THE_FEED))
-    if settings.schedule == "epoch_decay" and settings.steps_per_epoch is None:
-        rows_a_step = settings.batch_size * settings.accumulate_steps
-        fields["steps_per_epoch"] = max(1, round(rows_per_epoch / rows_a_step))
-    return TrainConfig(objectives=plan.objectives, seed=seed, **fields)
-
-
-def _basis(run: Run, plan: TrainPlan, rows: TrainSetRef) -> dict[str, Any]:
+def _basis(
+    run: Run, plan: TrainPlan, rows: TrainSetRef, dev: TrainSetRef | None = None
+) -> dict[str, Any]:
     """Everything that the weights depend on."""
     config = {
         "train": train_basis(plan.settings),
@@ -341,56 +342,7 @@ def _basis(run: Run, plan: TrainPlan, rows: TrainSetRef) -> dict[str, Any]:
     ranks = run.settings.machine.train_processes
     if ranks > 1 and "itm" in plan.objectives and plan.settings.negatives_from == "rank":
         config["ranks"] = ranks  # each draws its negatives from its own part of a batch
+    if dev is not None:
+        config["dev_set"] = dev.fingerprint  # decides which step's weights are kept
     parent = plan.parent.model_id if plan.parent else ""
     return basis_of(f"train-{plan.name}", STAGE_VERSION, config, [rows.fingerprint], parent)
-
-
-def _start(run: Run, plan: TrainPlan) -> LoadedModel:
-    """The model before its first step: the parent, or a new one."""
-    settings = run.settings.model
-    if plan.parent is not None:
-        loaded = models.load_copy(
-            run,
-            plan.parent,
-            image_size_px=settings.finetune_image_size_px,
-            dropout=settings.dropout,
-        )
-        depth = loaded.model.config.text.depth
-        if settings.text_depth not in (None, depth):
-            raise SettingsError(
-                f"model.text_depth is {settings.text_depth}, but the model to finetune has {depth} "
-                "layers: leave it out"
-            )
-        return loaded
-    if plan.tokenizer_of is not None:
-        tokenizer = models.load(run, plan.tokenizer_of).tokenizer
-    elif settings.tokenizer == "train":
-        tokenizer = MEDTokenizer.train(_texts(run.lake, plan.sql), settings.vocab_size)
-    else:
-        tokenizer = MEDTokenizer.from_pretrained(settings.tokenizer)
-    model = build_model(model_config(run, tokenizer.vocab_size), seed=run.settings.seed)
-    if settings.init_vision:
-        load_timm_weights(model.vision, Path(settings.init_vision))
-    if settings.init_text:
-        init_from_bert(model.text, Path(settings.init_text), lm_head=model.lm_head)
-    return LoadedModel(model=model.to(run.device), tokenizer=tokenizer, model_id="")
-
-
-def model_config(run: Run, vocab_size: int) -> MEDConfig:
-    """The preset, with what the settings change of it."""
-    settings = run.settings.model
-    config = MEDConfig.preset(
-        settings.preset, vocab_size=vocab_size, image_size_px=settings.image_size_px
-    )
-    changes: dict[str, Any] = {"depth": settings.text_depth, "dropout": settings.dropout}
-    given = {name: value for name, value in changes.items() if value is not None}
-    return dataclasses.replace(config, text=dataclasses.replace(config.text, **given))
-
-
-def _texts(lake: Lake, sql: str) -> Iterator[str]:
-    """The distinct texts of a training set, sorted: what a vocabulary is learned from."""
-    with connect(lake) as connection:
-        query = f"SELECT DISTINCT caption FROM ({sql}) WHERE caption IS NOT NULL ORDER BY caption"
-        found = connection.execute(query)
-        while rows := found.fetchmany(TEXTS_AT_ONCE):
-            yield from (row[0] for row in rows)

@@ -56,6 +56,38 @@ def test_train_step_writes_a_line_per_baseline_and_clock_when_quick(tmp_path: Pa
         assert line["target"] is None, "targets are the whole base preset's"
 
 
+def test_our_step_computes_in_the_type_it_is_asked_for_compiled_or_not(
+    modules: tuple[ModuleType, ModuleType, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from blip_core import MEDConfig, MEDTokenizer, build_model
+
+    _, our_step, plain_blip = modules
+    tokenizer = MEDTokenizer.train([" ".join(our_step.WORDS)] * 3, 400)
+    config = MEDConfig.preset("tiny", vocab_size=tokenizer.vocab_size)
+    recipe = plain_blip.Recipe(queue_size=64)
+    ours = our_step.OurStep(build_model(config, seed=0), tokenizer, recipe, torch.device("cpu"))
+    kinds, calls = [], []
+    ours.model.vision.blocks[0].mlp.fc1.register_forward_hook(
+        lambda _, __, output: kinds.append(output.dtype)
+    )
+    for block in ours.model.vision.blocks:
+
+        def compiled(hidden: Tensor, block: Any = block) -> Tensor:
+            calls.append(block)
+            return block._call_impl(hidden)
+
+        monkeypatch.setattr(
+            block, "compile", lambda b=block, c=compiled: setattr(b, "_compiled_call_impl", c)
+        )
+    ours.compile()
+    batch = our_step.make_batch(config, 2, 8, 0)
+    for dtype, use in (("bfloat16", False), ("float32", True)):
+        ours(batch, dtype, compiled=use)
+        assert set(kinds) == {getattr(torch, dtype)}
+        assert len(calls) == (len(ours.model.vision.blocks) if use else 0)
+        kinds.clear()
+
+
 def test_targets_are_on_the_clock_that_is_judged(
     modules: tuple[ModuleType, ModuleType, ModuleType],
 ) -> None:

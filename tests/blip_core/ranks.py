@@ -4,6 +4,9 @@ usage: ranks.py FOLDER. Leaves gradients, weights and what each rank saw below F
 """
 
 import dataclasses
+import os
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +29,7 @@ from blip_core.distributed import World, current_world, join_world
 from blip_core.forward import Forward
 from blip_core.momentum import MomentumEncoders
 from blip_core.objectives import StepInputs
+from blip_core.split_tensors import average_whole, whole_tensor
 from blip_core.training_state import hash_tensors
 
 TEXTS = [
@@ -86,16 +90,19 @@ def run_config(**changes: object) -> TrainConfig:
     return TrainConfig(**{**values, **changes})
 
 
-def gradients(own: Batch, world: World) -> tuple[dict[str, Tensor], dict[str, float]]:
+def gradients(
+    own: Batch, world: World, **changes: object
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Gradients and losses of one batch, with a queue that already holds features."""
     words, model = tokenizer(), start()
-    config = run_config(prompt="a picture of ")
+    config = run_config(prompt="a picture of ", **changes)
     momentum = MomentumEncoders(model, 32)
     filler = torch.nn.functional.normalize(
         torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(5)), dim=2
     )
     momentum.queue.enqueue(*filler, torch.arange(24), torch.arange(24))
     forward = Forward(model, momentum, config, world, torch.device("cpu"), vision_frozen=False)
+    forward.join(config)
     inputs = StepInputs.from_batch(own, words, config.prompt, config.max_text_tokens)
     torch.manual_seed(11)
     shared = torch.Generator().manual_seed(11) if world.size > 1 else None
@@ -104,11 +111,38 @@ def gradients(own: Batch, world: World) -> tuple[dict[str, Tensor], dict[str, fl
         inputs, distill_alpha=0.4, negative_hardness=1.0, lm_weight=weight, generator=shared
     )
     losses.total.backward()
+    average_whole(model.parameters() if forward.is_sharded else [], world)
     numbers = losses.numbers()
     names = [name for name in numbers if "cosine" not in name and "accuracy" not in name]
     means = {name: float(world.mean(torch.tensor(numbers[name]))) for name in names}
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return grads, means
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {name: whole_tensor(grad).clone() for name, grad in grads.items()}, means
+
+
+def run_two(helper: Path, folder: Path) -> None:
+    """Start two ranks of a helper and wait for them; fails with what they said when one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    root = Path(__file__).resolve().parent.parent.parent
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world["PYTHONPATH"] = str(root)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(helper), str(folder)],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=root,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
 
 
 def main(folder: Path) -> None:
@@ -127,7 +161,7 @@ def main(folder: Path) -> None:
         torch.save((seen, model.state_dict()), folder / f"plain-{world.rank}.pt")
         lm = run_config(objectives=("lm",), accumulate_steps=2)
         train(start(), words, batch, lm, folder / "lm")
-        _killed_and_resumed(words, folder)
+        killed_and_resumed(folder)
         errors = []
         for size in (7, 12):
             try:
@@ -137,15 +171,16 @@ def main(folder: Path) -> None:
         (folder / f"odd-{world.rank}.txt").write_text("\n".join(errors))
 
 
-def _killed_and_resumed(words: MEDTokenizer, folder: Path) -> None:
+def killed_and_resumed(folder: Path, **changes: object) -> None:
     """Train with dropout: once undisturbed, once killed and resumed, once only killed."""
+    words = tokenizer()
 
     def dies(number: int) -> Batch:
         if number >= 3:
             raise Killed
         return batch(number)
 
-    config, hashes = run_config(negatives_from="rank"), []
+    config, hashes = run_config(negatives_from="rank", **changes), []
     sources: list[tuple[str, Callable[[int], Batch]]] = [
         ("whole", batch),
         ("killed", dies),

@@ -1,7 +1,10 @@
 import dataclasses
+import itertools
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from blip_core import MED, CaptionConfig, ConfigError, GeneratedCaption, MEDCaptioner, MEDTokenizer
@@ -18,6 +21,41 @@ def _captions(
 
 def _texts(captions: dict[str, list[GeneratedCaption]]) -> dict[str, list[str]]:
     return {image: [caption.text for caption in found] for image, found in captions.items()}
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    order=st.permutations(range(16)),
+    cuts=st.sets(st.integers(1, 15), max_size=6),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    decoding=st.sampled_from(["nucleus", "beam"]),
+)
+def test_captions_are_the_same_in_any_company(
+    model: MED,
+    tokenizer: MEDTokenizer,
+    pixel_values: Tensor,
+    order: list[int],
+    cuts: set[int],
+    dtype: str,
+    decoding: str,
+) -> None:
+    """Batch size, order and resumption (whatever was not done yet) are all a partition of the images."""
+    config = CaptionConfig(
+        decoding=decoding, max_new_tokens=7, num_captions=3 if decoding == "nucleus" else 1
+    )
+    captioner = MEDCaptioner(model, tokenizer, config, dtype=dtype)
+    expected = dict(zip(IDS, captioner.caption(pixel_values, IDS), strict=True))
+    bounds = [0, *sorted(cuts), 16]
+    for start, stop in itertools.pairwise(bounds):
+        rows = order[start:stop]
+        ids = [IDS[row] for row in rows]
+        for image, found in zip(ids, captioner.caption(pixel_values[rows], ids), strict=True):
+            for caption, other in zip(found, expected[image], strict=True):
+                assert caption.text == other.text
+                assert caption.finish_reason == other.finish_reason
+                assert caption.mean_logprob == pytest.approx(other.mean_logprob, abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 16])

@@ -1,9 +1,5 @@
 import json
 import logging
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,40 +9,12 @@ import torch
 from blip_core import Batch, ConfigError, train
 from blip_core.distributed import World, current_world, join_world
 
-HELPER = Path(ranks.__file__)
-ROOT = HELPER.parent.parent.parent
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks leave behind; they are started once for all tests."""
     path = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HELPER), str(path)],
-            env={
-                **os.environ,
-                **world,
-                "PYTHONPATH": str(ROOT),
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-            },
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    ranks.run_two(Path(ranks.__file__), path)
     return path
 
 

@@ -64,3 +64,42 @@ def test_score_names_a_mismatch_of_images_and_lists(
         MEDScorer(model, tokenizer).score(pixel_values[:2], [["a"]])
     with pytest.raises(ConfigError, match=r"max_text_tokens 41 is above text.max_positions 40"):
         MEDScorer(model, tokenizer, max_text_tokens=41)
+
+
+def test_a_text_is_read_once_while_it_is_remembered(
+    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor, texts: list[str]
+) -> None:
+    scorer = MEDScorer(model, tokenizer, num_cached_texts=3)
+    read: list[int] = []
+    scorer.model.text_proj.register_forward_hook(lambda _, args, __: read.append(len(args[0])))
+    first = scorer.score(pixel_values[:2], [texts[:2], [texts[1], texts[2]]])
+    assert read == [3], "the text of both images once"
+    assert scorer.score(pixel_values[:2], [texts[:2], [texts[1], texts[2]]]) == first
+    assert read == [3]
+    scorer.score(pixel_values[:1], [[texts[3]]])  # the one that was not used for longest goes
+    scorer.score(pixel_values[:1], [[texts[1], texts[2], texts[3]]])
+    assert read == [3, 1]
+    scorer.score(pixel_values[:1], [texts[:1]])
+    assert read == [3, 1, 1]
+
+
+def test_a_text_that_an_image_has_twice_is_scored_once(
+    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor
+) -> None:
+    scorer = MEDScorer(model, tokenizer)
+    matched: list[int] = []
+    scorer.model.itm_head.register_forward_hook(lambda _, args, __: matched.append(len(args[0])))
+    found = scorer.score(pixel_values[:2], [["a ring", "A ring!", "a cross"], ["a ring"]])
+    assert matched == [3]
+    assert found[0][0] == found[0][1] != found[1][0]
+
+
+def test_scores_in_bfloat16_are_near(
+    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor, texts: list[str]
+) -> None:
+    exact = MEDScorer(model, tokenizer).score(pixel_values[:2], [texts[:3]] * 2)
+    near = MEDScorer(model, tokenizer, dtype="bfloat16").score(pixel_values[:2], [texts[:3]] * 2)
+    for one, other in zip(exact[0] + exact[1], near[0] + near[1], strict=True):
+        assert one.itm_prob == pytest.approx(other.itm_prob, abs=0.05)
+        assert one.itc_sim == pytest.approx(other.itc_sim, abs=0.05)
+        assert one != other

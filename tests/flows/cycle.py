@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 VARYING = {
     "pairs": ["fetched_at"],
     "models": ["created_at"],
-    "rounds": ["started_at", "finished_at", "seconds", "device_seconds"],
+    "rounds": ["started_at", "finished_at", "seconds", "device_seconds", "speed"],
 }
 """Columns that hold times: the only ones that may differ between two runs."""
 
@@ -61,7 +61,7 @@ def tiny_settings(lake: Path, world: Path, **changes: Any) -> dict[str, Any]:
         "ingest": {"image_size_px": None, "shard_rows": 25, "timeout_s": 1.0, "threads": 8},
         "model": {"preset": "tiny", "tokenizer": "train", "vocab_size": 200},
         "pretrain": train,
-        "captioner": train,
+        "captioner": train | {"dev_share": 0.25, "evaluate_every_steps": 4, "patience": 2},
         "filter": train,
         "caption": {"max_new_tokens": 8, "batch_size": 16},
         "score": {"max_text_tokens": 16, "batch_size": 16},

@@ -46,6 +46,28 @@ def test_cycle_records_where_models_come_from(finished: FinishedCycle) -> None:
     assert made_by == [{"model_id": models["captioner", 1]["model_id"]}]
 
 
+def test_cycle_notes_how_fast_each_training_went(finished: FinishedCycle) -> None:
+    lake = Lake.open(str(finished.lake), read_only=True)
+    (row,) = _rows(lake, "SELECT speed FROM rounds")
+    speed = json.loads(row["speed"])
+    assert set(speed) == {"pretrain", "captioner", "filter", "retrain"}
+    for figures in speed.values():
+        assert set(figures) == {"images_per_s", "memory_gib"}, "no peak is known of a CPU"
+        assert all(value > 0 for value in figures.values())
+
+
+def test_cycle_stops_its_captioner_by_pairs_held_back(finished: FinishedCycle) -> None:
+    lake = Lake.open(str(finished.lake), read_only=True)
+    curve = _rows(
+        lake, "SELECT dataset, n, value FROM metrics WHERE metric = 'dev_loss' ORDER BY value"
+    )
+    assert {row["dataset"] for row in curve} == {"train-captioner"}
+    assert {row["n"] for row in curve} <= {4, 8, 9}
+    assert _rows(lake, "SELECT value FROM metrics WHERE metric = 'best_step'") == [
+        {"value": curve[0]["n"]}
+    ]
+
+
 def test_cycle_measures_both_models_and_says_why(finished: FinishedCycle) -> None:
     lake = Lake.open(str(finished.lake), read_only=True)
     measured = _rows(

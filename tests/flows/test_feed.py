@@ -27,7 +27,8 @@ from flows.order import EpochOrder
 from flows.session import Run
 from flows.settings import parse_settings
 from flows.skipped import SkippedRows
-from flows.steps.train import TrainPlan, train_config, train_model
+from flows.steps.plan import TrainPlan, train_config
+from flows.steps.train import train_model
 from storage import (
     CaptionSetConfig,
     Lake,

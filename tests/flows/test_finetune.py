@@ -64,6 +64,22 @@ def test_finetune_makes_a_filter_with_the_role(
     assert MED.from_pretrained(out).config.heads == ("itc", "itm")
 
 
+def test_finetune_keeps_the_best_model_on_pairs_held_back(
+    tmp_path: Path,
+    captioned: dict[str, Path],
+    settings: BootstrapSettings,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    early = {"dev_share": 0.4, "evaluate_every_steps": 2}
+    settings = settings.with_changes({"captioner": early})
+    start, out = _model(tmp_path / "start"), tmp_path / "out"
+    with caplog.at_level(logging.INFO, logger="flows"):
+        finetune(start, out=out, settings=settings, on_progress=_ignore, **captioned)
+    assert re.search(
+        r"captioner: the model is that of step [246] of 6, whose dev_loss", caplog.text
+    )
+
+
 def test_finetune_goes_on_from_its_checkpoint_after_a_stop(
     tmp_path: Path, captioned: dict[str, Path], settings: BootstrapSettings
 ) -> None:

@@ -1,5 +1,8 @@
 """The order of rows: every place of an epoch once, drawn captions by weight, bounded memory."""
 
+import errno
+import mmap
+import os
 import random
 import tracemalloc
 from collections import Counter
@@ -10,9 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from flows import order as order_module
 from flows.errors import SettingsError
 from flows.order import CaptionsPerEpoch, EpochOrder, draw_caption
 from storage import TrainSet
+from storage.errors import StorageFull
 from storage.trainset import BATCH_ROWS, SCHEMA
 
 SOURCES_OF_IMAGES = (
@@ -55,6 +60,47 @@ def test_all_captions_come_in_the_order_of_a_permutation_by_seed_and_epoch(rows:
     for epoch in range(4):
         expected = np.random.default_rng((3, 0, epoch)).permutation(12)
         assert _epoch(order, epoch) == expected.tolist(), "as in lakes that are there already"
+
+
+def _is_mapped(array: np.ndarray) -> bool:
+    base = array
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    return isinstance(base, mmap.mmap)
+
+
+@pytest.mark.parametrize("captions_per_epoch", ["all", "one"])
+def test_a_large_order_lies_in_a_file_and_is_the_same(
+    captions_per_epoch: CaptionsPerEpoch,
+    rows: TrainSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = EpochOrder(rows, seed=3, captions_per_epoch=captions_per_epoch)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(order_module, "MAPPED_FROM", 5)
+    monkeypatch.setattr(order_module, "CHUNK", 2)
+    mapped = EpochOrder(rows, seed=3, captions_per_epoch=captions_per_epoch, scratch=scratch)
+    for epoch in range(3):
+        assert _epoch(mapped, epoch) == _epoch(plain, epoch)
+    held = [*mapped._epochs.values(), *([mapped._starts] if mapped._starts is not None else [])]
+    assert len(held) == 3 + (captions_per_epoch == "one")
+    assert all(_is_mapped(array) for array in held)
+    assert not any(_is_mapped(array) for array in plain._epochs.values())
+    assert list(scratch.iterdir()) == [], "nobody else sees the file, and a kill leaves nothing"
+
+
+def test_an_order_that_finds_no_room_says_so(
+    rows: TrainSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(order_module, "MAPPED_FROM", 5)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageFull, match=r"order of 12 rows .* machine.scratch"):
+        EpochOrder(rows, seed=3, scratch=tmp_path).row(0)
 
 
 def test_one_caption_of_every_image_comes_once_an_epoch(rows: TrainSet) -> None:

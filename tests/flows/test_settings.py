@@ -15,7 +15,7 @@ from flows.settings import (
     parse_settings,
     train_basis,
 )
-from flows.steps.train import warn_if_stuck
+from flows.steps.curve import warn_if_stuck
 
 
 def test_given_fields_win_over_the_preset_one_by_one() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,10 +20,12 @@ from blip_core import TrainingError
 from flows import rank
 from flows.session import Run
 from flows.settings import parse_settings
+from flows.steps import train as train_step
+from flows.steps.plan import TrainPlan
 from flows.steps.plans import HUMAN_SQL
 from flows.steps.ranks import ERROR
-from flows.steps.train import TrainPlan, train_model
-from storage import CaptionSetConfig, Lake, ingest_captions, query
+from flows.steps.train import train_model
+from storage import CaptionSetConfig, Lake, build_trainset, ingest_captions, query
 
 NUM_IMAGES = 12
 
@@ -77,16 +80,67 @@ def test_training_in_two_processes_learns_what_one_would(run: Run, tmp_path: Pat
     again, built = train_model(run, _plan(run), lambda *_: None)
     assert (again, built) == (ref, False), "the number of processes makes no other model"
 
-    alone = parse_settings(
-        run.settings.model_dump(mode="json")
-        | {"machine": run.settings.machine.model_dump() | {"train_processes": 1}}
-    )
+    machine = {"train_processes": 1}
+    alone = run.settings.with_changes({"machine": machine})
+    assert train_model(Run(run.lake, alone, 0), _plan(run), lambda *_: None) == (ref, False)
     copy = tmp_path / "copy"
     (run.lake.root.local_path("tables") / "metrics").rename(tmp_path / "shared-metrics")
     other = Run(Lake.open(str(tmp_path / "lake"), scratch_root=copy), alone, 0)
     _, built = train_model(other, _plan(other), lambda *_: None)
     assert built
     assert shared == pytest.approx(_curve(other), rel=1e-4)
+
+
+def test_sharding_of_the_settings_reaches_the_engine(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Seen(Exception):
+        pass
+
+    def engine(*args: object, **kwargs: object) -> None:
+        raise Seen(args[3].sharding)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(train_step, "run_training", engine)
+    rows = build_trainset(run.lake, HUMAN_SQL, name="pretrain")
+    for sharding in ("full", "none"):
+        changed = run.settings.with_changes({"machine": {"train_sharding": sharding}})
+        with pytest.raises(Seen, match=sharding):
+            train_step.fit(Run(run.lake, changed, 0), _plan(run), rows, tmp_path, lambda *_: None)
+
+
+def test_rank_killed_in_the_middle_ends_the_others_and_the_same_command_goes_on_to_the_same_bits(
+    run: Run, tmp_path: Path
+) -> None:
+    changes = {
+        "machine": {"train_sharding": "full"},
+        "model": {"dropout": 0.1},
+        "pretrain": {"steps": 30, "checkpoint_every_steps": 4, "log_every_steps": 1},
+    }
+    run = Run(run.lake, run.settings.with_changes(changes), 0)
+    family: list[psutil.Process] = []
+
+    def kill(step: int, *_: object) -> None:
+        if step < 10 or family:
+            return
+        family.extend(psutil.Process().children(recursive=True))
+        victims = [each for each in family if each.environ().get("RANK") == "1"]
+        assert len(family) >= 3, "torchrun and two ranks"
+        os.kill(victims[0].pid, signal.SIGKILL)
+
+    with pytest.raises(TrainingError, match=r"rank 1 was ended by SIGKILL: .* same command"):
+        train_model(run, _plan(run), kill)
+    assert psutil.wait_procs(family, timeout=30)[1] == []
+    steps = []
+    ref, built = train_model(run, _plan(run), lambda step, *_: steps.append(step))
+    assert built
+    assert 1 < steps[0] <= 13, "from the last checkpoint"
+    assert steps[-1] == 30
+
+    metrics = run.lake.root.local_path("tables") / "metrics"
+    metrics.rename(tmp_path / "metrics-of-the-killed")
+    undisturbed, built = train_model(run, _plan(run), lambda *_: None)
+    assert built
+    assert undisturbed.model_id == ref.model_id, "its id is the hash of its weights"
 
 
 def test_training_in_processes_that_cannot_share_a_batch_says_why(run: Run) -> None:

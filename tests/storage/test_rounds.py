@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -68,6 +69,18 @@ def test_round_record_is_replaced_and_seen_by_sql(lake: Lake) -> None:
     assert rounds.latest_round(lake) == ended
     rows = query(lake, "SELECT status, champion_after, counts FROM rounds").to_pylist()
     assert rows == [{"status": "promoted", "champion_after": "m", "counts": '{"kept":3}'}]
+
+
+def test_round_record_of_an_older_version_has_no_speed(lake: Lake) -> None:
+    record = rounds.begin_round(lake, 1, SETTINGS)
+    path = layout.round_record(1)
+    row = json.loads(lake.root.read_bytes(path))
+    assert row.pop("speed") == "{}"
+    lake.root.write_bytes(path, json.dumps(row).encode())
+    assert rounds.read_round(lake, 1) == record
+    rounds.write_round(lake, replace(record, speed={"retrain": {"images_per_s": 2.5}}))
+    (found,) = query(lake, "SELECT speed FROM rounds").to_pylist()
+    assert json.loads(found["speed"]) == {"retrain": {"images_per_s": 2.5}}
 
 
 def test_begin_round_restores_the_row_when_killed_before_it(lake: Lake) -> None:
