@@ -34,8 +34,7 @@ def bootstrap(settings: BootstrapSettings) -> RoundOutcome:
             stages.finetune_captioner(settings)
         if settings.score.scorer == "own":
             stages.finetune_filter(settings)
-        stages.caption(settings)
-        stages.score(settings)
+        stages.captions_and_scores(settings)
         stages.decide(settings)
         stages.train(settings)
         stages.evaluate(settings)

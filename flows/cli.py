@@ -25,6 +25,7 @@ STAGES = {
     "caption": "write a caption for every web image",
     "score": "score every web and synthetic text",
     "decide": "keep or drop every text by the policy",
+    "caption-and-score": "both in one pass over the images",
     "curate": "caption, score and decide",
     "train": "train a new model on the clean set",
     "evaluate": "measure new model and champion on held-out pairs",

@@ -79,7 +79,8 @@ def made_by(transform: Transform, picture: Image.Image) -> np.ndarray:
 
 def main(socket_fd: int, memory_fd: int) -> None:
     """Decode what comes through the socket until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the parent's to answer; its end is ours
     connection = Connection(socket_fd)
     memory = mmap.mmap(memory_fd, 0)
     try:

@@ -27,4 +27,8 @@ class WorkerDied(FlowsError):
 
 
 class Stopped(FlowsError):
-    """A stage ended because it was asked to; the message says what became of its shard."""
+    """A stage ended because it was asked to; `what` says what became of its shard."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"stopped as asked: {what}; the same command goes on from here")
+        self.what = what

@@ -54,6 +54,8 @@ class MachineSettings(Section):
     """Threads or processes that decode images ahead of the model."""
     decode_in: Literal["auto", "threads", "processes"] = "auto"
     """What they are when captioning and scoring: processes where there is enough to decode, or always one of the two."""
+    curate_processes: int = Field(default=1, ge=1)
+    """Processes that caption and score, on GPUs one for each; a shard is worked on by one of them."""
     stop_grace_s: float = Field(default=20.0, ge=0)
     """After SIGTERM a shard is finished if that takes about this long at most, else given up."""
     compile: bool = False
@@ -239,6 +241,13 @@ class ScoreSettings(Section):
     """`own` is the filter finetuned here; clip:PATH or open_clip:PATH gives itc_sim and no itm_prob."""
     dtype: InferenceType = "float32"
     """Number type of the model."""
+
+
+class CurateSettings(Section):
+    """How captioning and scoring go over the images; never part of a fingerprint."""
+
+    fused: bool = False
+    """Both in one pass, an image decoded once for both models; else all captions, then all scores."""
 
 
 class DecideSettings(Section):

@@ -19,6 +19,7 @@ from pydantic import ValidationError, model_validator
 from flows.errors import SettingsError
 from flows.sections import (
     CaptionSettings,
+    CurateSettings,
     DecideSettings,
     EvaluateSettings,
     GateSettings,
@@ -36,7 +37,7 @@ from storage.policy import explain_absent, needed_numbers, read_policy
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 PRESET_FOLDER_VARIABLE = "BOOTSTRAP_CONFIGS"
 LAKE_VARIABLE = "BOOTSTRAP_LAKE"
-NOT_IN_FINGERPRINTS = ("preset", "cycle", "machine", "report")
+NOT_IN_FINGERPRINTS = ("preset", "cycle", "machine", "curate", "report")
 """Sections that change how or where a run happens, not what it makes."""
 INGEST_NOT_IN_FINGERPRINTS = (
     "http_proxy",
@@ -112,6 +113,8 @@ class BootstrapSettings(Section):
     """How captions are written."""
     score: ScoreSettings = ScoreSettings()
     """How texts are scored."""
+    curate: CurateSettings = CurateSettings()
+    """How captioning and scoring go over the images."""
     decide: DecideSettings = DecideSettings()
     """Which texts are kept."""
     evaluate: EvaluateSettings = EvaluateSettings()

@@ -77,6 +77,23 @@ def score(settings: BootstrapSettings) -> StageResult:
         return _shards(run, "score", None, models.scorer_ref(run))
 
 
+@flow(name="caption-and-score")
+def caption_and_score(settings: BootstrapSettings) -> StageResult:
+    """`caption` and `score` in one pass over the images: each is decoded once for both models."""
+    with open_run(settings, purpose="caption-and-score") as run:
+        captioner, scorer = models.captioner_ref(run), models.scorer_ref(run)
+        return _shards(run, "caption-and-score", captioner, scorer)
+
+
+def captions_and_scores(settings: BootstrapSettings) -> None:
+    """Both, in one pass or in two, as `curate.fused` says; the rows are the same."""
+    if settings.curate.fused:
+        caption_and_score(settings)
+    else:
+        caption(settings)
+        score(settings)
+
+
 @flow(name="decide")
 def decide(settings: BootstrapSettings) -> StageResult:
     """One SQL policy over captions and scores: every text kept or dropped, with its reason."""
@@ -92,8 +109,7 @@ def decide(settings: BootstrapSettings) -> StageResult:
 def curate(settings: BootstrapSettings) -> StageResult:
     """Caption, score and decide."""
     with open_run(settings, purpose="curate"):
-        caption(settings)
-        score(settings)
+        captions_and_scores(settings)
         return decide(settings)
 
 

@@ -26,7 +26,7 @@ from flows.session import Run
 from flows.steps.model_runner import ModelRunner
 from flows.steps.shard_jobs import ShardDone, ShardJob, commit_job, plan_shard
 from flows.stopping import Stop
-from flows.stream import ImageStream, Picture, Piece
+from flows.stream import PLANS_AHEAD, ImageStream, Picture, Piece
 from storage import CorruptShard, ModelRef, PartRef
 
 logger = logging.getLogger(__name__)
@@ -68,24 +68,28 @@ class Curation:
         self._num_images = 0
         self._is_finishing = False
 
-    def run_shards(self, shards: Iterable[PartRef], *, expected: int = 1) -> None:
+    def run_shards(
+        self, shards: Iterable[PartRef], *, expected: int = 1, plans_ahead: int = PLANS_AHEAD
+    ) -> None:
         """Work on shards in their order, about `expected` of them; each is told to the report once it is committed.
+
+        `plans_ahead` shards are taken before their turn.
 
         Raises Stopped when an end was asked for, after the shard that was under way is finished or given up.
         """
         with ThreadPoolExecutor(1, thread_name_prefix="write") as self._writer:
             try:
-                outcome = self._run_jobs(self._plan(shards), expected)
+                outcome = self._run_jobs(self._plan(shards), expected, plans_ahead)
             finally:
                 self._settle(0)
         if self._stop.is_asked:
-            raise Stopped(f"stopped as asked: {outcome}; the same command goes on from here")
+            raise Stopped(outcome)
 
     def _plan(self, shards: Iterable[PartRef]) -> Iterator[ShardJob]:
         for pairs in shards:
             yield plan_shard(self._run, pairs, *self._refs)
 
-    def _run_jobs(self, jobs: Iterator[ShardJob], expected: int) -> str:
+    def _run_jobs(self, jobs: Iterator[ShardJob], expected: int, plans_ahead: int) -> str:
         """Stream from the first shard that needs a model on; returns how it ended, for whoever stopped it."""
         first = None
         while first is None:
@@ -101,7 +105,13 @@ class Curation:
         ahead = 2 * max(each.size.images for each in self._at_work)
         with (
             decoders_of(self._run, transforms, num_bytes) as decoders,
-            ImageStream(self._run.lake, chain([first], jobs), decoders, ahead=ahead) as stream,
+            ImageStream(
+                self._run.lake,
+                chain([first], jobs),
+                decoders,
+                ahead=ahead,
+                plans_ahead=plans_ahead,
+            ) as stream,
         ):
             self._began = time.perf_counter()
             for piece in stream:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from flows.curators import Curators
 from flows.session import Run
 from flows.steps.curate import Curation
 from flows.steps.shard_jobs import Seconds, ShardDone, new_seconds
@@ -94,7 +95,10 @@ def curate_shards(
     tally = Tally(sum(part.num_rows for part in shards), progress)
     began = time.monotonic()
     with stopped_by_sigterm() as stop:
-        Curation(run, captioner, scorer, tally, stop).run_shards(shards, expected=len(shards))
+        if run.settings.machine.curate_processes > 1 and len(shards) > 1:
+            Curators(run, captioner, scorer, tally, stop).run_shards(shards)
+        else:
+            Curation(run, captioner, scorer, tally, stop).run_shards(shards, expected=len(shards))
     _log_times(tally.curated, time.monotonic() - began)
     return tally.curated
 
