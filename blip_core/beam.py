@@ -2,165 +2,171 @@
 
 Candidates, scores and the moment to stop are those of transformers' beam search with its defaults.
 
-Dimension key: B batch, K beams, L text tokens, V vocabulary.
+Dimension key: B images still searched, K beams, N = B * K rows, L text tokens, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from blip_core.generation import (
-    CaptionConfig,
-    FinishReason,
-    NextLogits,
-    Sequences,
-    constrain,
-    decode_rows,
-    draw_key,
-)
-from blip_core.text import KVCache
+from blip_core.decoding import RowDecoder, decode_rows
+from blip_core.generation import CaptionConfig, FinishReason, Sequences, Vocabulary
+from blip_core.sampling import constrain
 
 
 def decode(
-    next_logits: NextLogits,
+    decoder: RowDecoder,
     prompt_ids: Sequence[int],
     image_ids: Sequence[str],
     config: CaptionConfig,
-    *,
-    sep_id: int,
-    forbidden_ids: Sequence[int],
+    vocabulary: Vocabulary,
     device: torch.device,
 ) -> Sequences:
     """Decode as `config` says: `num_captions` rows per image, an image's together.
 
-    `next_logits` sees that many rows per image, or `num_beams` of them in a beam search.
+    `decoder` begins with one row for each image.
     """
     if config.decoding == "beam":
-        return beam_search(
-            next_logits,
-            prompt_ids,
-            len(image_ids),
-            config,
-            sep_id=sep_id,
-            forbidden_ids=forbidden_ids,
-            device=device,
-        )
-    keys = [
-        draw_key(config.seed, image_id, index)
-        for image_id in image_ids
-        for index in range(config.num_captions)
-    ]
-    return decode_rows(
-        next_logits,
-        prompt_ids,
-        len(keys),
-        config,
-        sep_id=sep_id,
-        forbidden_ids=forbidden_ids,
-        keys=np.array(keys, dtype=np.uint64),
-        device=device,
-    )
+        return beam_search(decoder, prompt_ids, len(image_ids), config, vocabulary, device)
+    return decode_rows(decoder, prompt_ids, image_ids, config, vocabulary, device)
 
 
 def beam_search(
-    next_logits: NextLogits,
+    decoder: RowDecoder,
     prompt_ids: Sequence[int],
-    num_rows: int,
+    num_images: int,
     config: CaptionConfig,
-    *,
-    sep_id: int,
-    forbidden_ids: Sequence[int],
+    vocabulary: Vocabulary,
     device: torch.device,
 ) -> Sequences:
-    """Return the best caption of every row by mean log-probability per token, [SEP] counted.
+    """Return the best caption of every image by log-probability over length ** length_penalty, [SEP] counted.
 
-    `next_logits` sees B * K rows, the beams of a row together. A row is done when it has K finished
-    captions and no living beam is better than the worst of them, or at max_new_tokens.
+    The prompt is read once an image. An image is done, and leaves the batch, when it has K finished captions and
+    no living beam is better than the worst of them, or at max_new_tokens.
     """
     num_beams = config.num_beams
-    search = _Search(num_rows, num_beams, sep_id)
-    cache = KVCache()
-    ids = torch.tensor([list(prompt_ids)] * (num_rows * num_beams), device=device)
-    generated = ids[:, :0]
-    sums = torch.full((num_rows, num_beams), float("-inf"), dtype=torch.float64, device=device)
+    search = _Search(num_images, config, vocabulary.sep_id)
+    prompt = torch.tensor([list(prompt_ids)], device=device)
+    logits = decoder.step(prompt.expand(num_images, -1))
+    rows = torch.arange(num_images, device=device).repeat_interleave(num_beams)
+    decoder.select(rows)
+    logits = logits[rows]
+    generated = torch.empty((len(rows), 0), dtype=torch.int64, device=device)
+    sums = torch.full((num_images, num_beams), float("-inf"), dtype=torch.float64, device=device)
     sums[:, 0] = 0.0  # all beams start equal: only one may speak first
     for position in range(config.max_new_tokens):
-        logprobs = next_logits(ids, cache).double().log_softmax(dim=-1)
-        # constrained after the softmax: what is forbidden does not make the rest likelier
-        logprobs = constrain(
-            logprobs, generated, config, sep_id=sep_id, forbidden_ids=forbidden_ids
-        )
-        vocab_size = logprobs.shape[-1]
-        totals = (sums.view(-1, 1) + logprobs).view(num_rows, -1)
-        values, flat = totals.topk(min(2 * num_beams, totals.shape[1]), dim=-1)
-        is_last = position == config.max_new_tokens - 1
-        sums, beams, tokens = search.advance(generated, values, flat, vocab_size, is_last)
-        rows = (torch.arange(num_rows, device=device)[:, None] * num_beams + beams).flatten()
-        cache.reorder(rows)
-        ids = tokens.reshape(-1, 1)
-        generated = torch.cat([generated[rows], ids], dim=1)
-        search.close(sums, position + 1)
-        if all(search.is_closed):
+        blocked = vocabulary.blocked(position, config)
+        values, beams, tokens = _candidates(logits, generated, sums, config, blocked)
+        chosen = search.advance(generated.tolist(), values, beams, tokens)
+        if not chosen.images:
             break
+        ids = torch.tensor(chosen.tokens, device=device)
+        rows = torch.tensor(chosen.rows, device=device)
+        sums = torch.tensor(chosen.sums, dtype=torch.float64, device=device)
+        decoder.select(rows)
+        generated = torch.cat([generated[rows], ids[:, None]], dim=1)
+        logits = decoder.step(ids[:, None])
     return search.best()
 
 
-class _Search:
-    """The K best finished captions of every row."""
+def _candidates(
+    logits: Tensor, generated: Tensor, sums: Tensor, config: CaptionConfig, blocked: list[int]
+) -> tuple[list[list[float]], list[list[int]], list[list[int]]]:
+    """Return the 2 K best continuations of each image: sums of log-probabilities, beams and tokens (B, 2 K).
 
-    def __init__(self, num_rows: int, num_beams: int, sep_id: int) -> None:
-        self.num_beams, self.sep_id = num_beams, sep_id
+    Constrained after the softmax: what is forbidden does not make the rest likelier. A continuation among the best
+    of an image is among the best of its beam, so no more than those are compared.
+    """
+    logprobs = logits.float().log_softmax(dim=-1)
+    logprobs = constrain(logprobs, generated, config, blocked_ids=blocked)
+    num_images, num_beams = sums.shape
+    width = min(2 * num_beams, logprobs.shape[1])
+    best, tokens = logprobs.topk(width, dim=-1)  # (N, 2 K)
+    totals = sums.view(-1, 1) + best.double()
+    # no number at all is no candidate: an image without candidates ends
+    totals = torch.where(totals.isnan(), float("-inf"), totals).view(num_images, -1)
+    values, places = totals.topk(min(2 * num_beams, totals.shape[1]), dim=-1)
+    chosen = tokens.view(num_images, -1).gather(1, places)
+    return values.tolist(), (places // width).tolist(), chosen.tolist()
+
+
+class _Chosen:
+    """The beams that live on: K for each image that is not done."""
+
+    def __init__(self) -> None:
+        self.images: list[int] = []
+        self.rows: list[int] = []
+        self.tokens: list[int] = []
+        self.sums: list[list[float]] = []
+
+
+class _Search:
+    """The K best finished captions of every image."""
+
+    def __init__(self, num_images: int, config: CaptionConfig, sep_id: int) -> None:
+        self.config, self.sep_id = config, sep_id
         self.finished: list[list[tuple[float, float, list[int], FinishReason]]] = [
-            [] for _ in range(num_rows)
+            [] for _ in range(num_images)
         ]
-        self.is_closed = [False] * num_rows
-        """Rows that are done: what others still need must not change them."""
+        self.open = list(range(num_images))
+        """Images that are still searched, in the order of the rows."""
 
     def advance(
-        self, generated: Tensor, values: Tensor, flat: Tensor, vocab_size: int, is_last: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Take finished candidates out; returns sums, source beams and tokens (B, K) of those that live."""
-        beams, tokens = flat // vocab_size, flat % vocab_size
-        length = generated.shape[1] + 1
-        history = generated.tolist()
-        kept_values = torch.full_like(values[:, : self.num_beams], float("-inf"))
-        kept_beams = torch.zeros_like(beams[:, : self.num_beams])
-        kept_tokens = torch.full_like(kept_beams, self.sep_id)
-        for row, finished in enumerate(self.finished):
-            slot = 0
-            for rank in range(values.shape[1]):
-                total, token = float(values[row, rank]), int(tokens[row, rank])
-                ids = history[row * self.num_beams + int(beams[row, rank])]
-                if total == float("-inf") or slot == self.num_beams:
+        self,
+        history: list[list[int]],
+        values: list[list[float]],
+        beams: list[list[int]],
+        tokens: list[list[int]],
+    ) -> _Chosen:
+        """Take finished candidates out, close the images that are done; returns the beams that live on."""
+        num_beams, length = self.config.num_beams, len(history[0]) + 1
+        is_last, chosen = length == self.config.max_new_tokens, _Chosen()
+        for place, image in enumerate(self.open):
+            living: list[tuple[float, int, int]] = []
+            candidates = zip(values[place], beams[place], tokens[place], strict=True)
+            for rank, (total, beam, token) in enumerate(candidates):
+                if total == float("-inf") or len(living) == num_beams:
                     break
-                may_finish = rank < self.num_beams and not self.is_closed[row]
-                if token == self.sep_id:
-                    if may_finish:
-                        finished.append((total / length, total, ids, "sep"))
-                    continue
-                if is_last and may_finish:
-                    finished.append((total / length, total, [*ids, token], "length"))
-                kept_values[row, slot] = total
-                kept_beams[row, slot] = beams[row, rank]
-                kept_tokens[row, slot] = token
-                slot += 1
-        return kept_values, kept_beams, kept_tokens
+                row = place * num_beams + beam
+                ends = token == self.sep_id
+                if rank < num_beams and (ends or is_last):
+                    self._finish(image, total, length, history[row], None if ends else token)
+                if not ends:
+                    living.append((total, row, token))
+            if not living or is_last or self._is_done(image, living[0][0], length):
+                continue
+            living += [(float("-inf"), living[0][1], self.sep_id)] * (num_beams - len(living))
+            chosen.images.append(image)
+            chosen.sums.append([total for total, _, _ in living])
+            chosen.rows += [row for _, row, _ in living]
+            chosen.tokens += [token for _, _, token in living]
+        self.open = chosen.images
+        return chosen
 
-    def close(self, sums: Tensor, length: int) -> None:
-        """Close rows that have K finished captions, all at least as good as every living beam."""
-        best_living = (sums.amax(dim=-1) / length).tolist()
-        for row, finished in enumerate(self.finished):
-            finished.sort(key=lambda found: found[0], reverse=True)
-            del finished[self.num_beams :]
-            is_full = len(finished) == self.num_beams
-            if is_full and finished[-1][0] >= best_living[row]:
-                self.is_closed[row] = True
+    def _finish(
+        self, image: int, total: float, length: int, ids: list[int], token: int | None
+    ) -> None:
+        """Note a caption, of K at most the worst of which goes; `token` is its last where it did not end."""
+        score = total / length**self.config.length_penalty
+        finished = self.finished[image]
+        if token is None:
+            finished.append((score, total, ids, "sep"))
+        else:
+            finished.append((score, total, [*ids, token], "length"))
+        finished.sort(key=lambda found: found[0], reverse=True)
+        del finished[self.config.num_beams :]
+
+    def _is_done(self, image: int, best_living: float, length: int) -> bool:
+        finished = self.finished[image]
+        is_full = len(finished) == self.config.num_beams
+        return is_full and finished[-1][0] >= best_living / length**self.config.length_penalty
 
     def best(self) -> Sequences:
-        """Return the best finished caption of every row."""
-        chosen = [max(finished, key=lambda f: f[0]) for finished in self.finished]
+        """Return the best finished caption of every image."""
+        nothing: tuple[float, float, list[int], FinishReason] = (0.0, math.nan, [], "nan")
+        chosen = [max(found, key=lambda f: f[0]) if found else nothing for found in self.finished]
         return Sequences(
             [ids for _, _, ids, _ in chosen],
             [total for _, total, _, _ in chosen],

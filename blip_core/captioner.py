@@ -11,7 +11,9 @@ from torch import Tensor
 
 from blip_core.generation import CaptionConfig, FinishReason, Sequences
 from blip_core.med import MED, require_room
+from blip_core.packed import DType, for_inference
 from blip_core.tokenizer import MEDTokenizer, require_vocabulary
+from blip_core.transforms import EvalTransform
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +26,10 @@ class GeneratedCaption:
     mean_logprob: float
     """Per generated token, [SEP] included."""
     finish_reason: FinishReason
-    """`sep`, or `length` when max_new_tokens cut it."""
+    """`sep`, or `length` when max_new_tokens cut it; `nan` when the model gave no number: there is no text."""
 
 
-class Captioner:
+class MEDCaptioner:
     """Decodes captions with one model and one configuration."""
 
     def __init__(
@@ -36,9 +38,14 @@ class Captioner:
         tokenizer: MEDTokenizer,
         config: CaptionConfig,
         device: torch.device | str = "cpu",
+        transform: EvalTransform | None = None,
+        *,
+        dtype: DType = "float32",
+        compile: bool = False,
     ) -> None:
-        self.model, self.tokenizer, self.config = model.to(device).eval(), tokenizer, config
-        self.device = torch.device(device)
+        """`transform` defaults to the paper's, at the model's image size; `model` itself is left as it is."""
+        self.tokenizer, self.config = tokenizer, config
+        self.transform = transform or EvalTransform(model.config.vision.image_size_px)
         self.prompt_ids = tokenizer.prompt_ids(config.prompt)
         model.require_head("lm", "a captioner")
         require_room(model.config, len(self.prompt_ids), config)
@@ -46,7 +53,9 @@ class Captioner:
         # never generated: special tokens but [SEP], and ids that a larger model head has to spare
         special = [token for token in tokenizer.special_ids if token != tokenizer.sep_id]
         spare = range(tokenizer.vocab_size, model.config.text.vocab_size)
-        self.forbidden_ids = [*special, *spare]
+        # the released code forbids none, and leaves them out of the text
+        self.forbidden_ids = [*([] if config.decoding == "official" else special), *spare]
+        self.model = for_inference(model, device=device, dtype=dtype, compile=compile)
 
     @torch.inference_mode()
     def caption(
@@ -71,7 +80,7 @@ class Captioner:
         captions = []
         triples = zip(found.ids, found.sum_logprobs, found.finish_reasons, strict=True)
         for ids, total, reason in triples:
-            length = len(ids) + (reason == "sep")
+            length = max(1, len(ids) + (reason == "sep"))
             captions.append(
                 GeneratedCaption(self.tokenizer.decode(ids), len(ids), total / length, reason)
             )

@@ -1,34 +1,32 @@
-"""Decoding of captions: nucleus sampling, greedy and beam search (BLIP, section 3.3; Holtzman et al. 2020).
+"""How captions are decoded: the settings, what comes out, and where the draws come from (BLIP, section 3.3).
 
 Sampling draws are a function of (seed, image_id, index, position) only, so neither the order, nor the size, nor
 the company of a batch changes a caption.
 
-Dimension key: B batch, L text tokens, V vocabulary, K beams.
+Dimension key: N captions.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from blip_core.config import require, require_positive
-from blip_core.text import KVCache
 
-FinishReason = Literal["sep", "length"]
-NextLogits = Callable[[Tensor, KVCache], Tensor]
-"""(B, L) new ids and the cache of all before them -> logits (B, V) after the last."""
+FinishReason = Literal["sep", "length", "nan"]
+"""`sep`: the caption ended by itself; `length`: max_new_tokens cut it; `nan`: the model gave no number."""
+Decoding = Literal["nucleus", "greedy", "beam", "official"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaptionConfig:
     """How captions are decoded."""
 
-    decoding: Literal["nucleus", "greedy", "beam"] = "nucleus"
-    """The paper samples synthetic captions (nucleus) and searches for evaluation (beam)."""
+    decoding: Decoding = "nucleus"
+    """The paper samples synthetic captions (nucleus) and searches for evaluation (beam). `official` samples as
+    the released code does: repetition penalty 1.1 on prompt and caption, the 50 likeliest tokens, then top_p;
+    max_new_tokens and min_new_tokens then count the prompt, its [DEC] included."""
     top_p: float = 0.9
     """Nucleus mass, of the distribution that top_k left."""
     top_k: int = 0
@@ -37,6 +35,8 @@ class CaptionConfig:
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of generated tokens; the reference uses 1.1."""
     num_beams: int = 3
+    length_penalty: float = 1.0
+    """A beam's score is its log-probability over length ** length_penalty; more favours long captions."""
     max_new_tokens: int = 20
     """Upper bound on generated tokens, [SEP] counted, prompt not."""
     min_new_tokens: int = 1
@@ -48,7 +48,7 @@ class CaptionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = ("nucleus", "greedy", "beam")
+        known = ("nucleus", "greedy", "beam", "official")
         require(
             self.decoding in known,
             f"decoding must be one of {', '.join(known)}, got {self.decoding!r}",
@@ -62,9 +62,44 @@ class CaptionConfig:
             f"min_new_tokens must be in [0, max_new_tokens], got {self.min_new_tokens}",
         )
         require(
-            self.decoding == "nucleus" or self.num_captions == 1,
+            self.is_sampled or self.num_captions == 1,
             f"{self.decoding} decoding gives one caption, num_captions is {self.num_captions}",
         )
+        for name, value in _OFFICIAL.items():
+            given = getattr(self, name)
+            default = CaptionConfig.__dataclass_fields__[name].default
+            require(
+                self.decoding != "official" or given in (default, value),
+                f"decoding official fixes {name} at {value}, got {given}: leave it out, or use nucleus",
+            )
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether tokens are drawn."""
+        return self.decoding in ("nucleus", "official")
+
+
+_OFFICIAL = {"top_k": 50, "repetition_penalty": 1.1, "temperature": 1.0}
+
+
+def as_nucleus(config: CaptionConfig, num_prompt_tokens: int) -> CaptionConfig:
+    """What `official` comes to with a prompt of that many tokens, [DEC] included; another config as it is."""
+    if config.decoding != "official":
+        return config
+    longest = config.max_new_tokens - num_prompt_tokens
+    require(
+        longest > 0,
+        f"decoding official counts the {num_prompt_tokens} tokens of the prompt in max_new_tokens "
+        f"{config.max_new_tokens}: nothing is left, give more",
+    )
+    return replace(
+        config,
+        decoding="nucleus",
+        top_k=50,
+        repetition_penalty=1.1,
+        max_new_tokens=longest,
+        min_new_tokens=max(0, config.min_new_tokens - num_prompt_tokens),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +113,21 @@ class Sequences:
     finish_reasons: list[FinishReason]
 
 
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Ids that decoding has to know."""
+
+    sep_id: int
+    """Ends a caption."""
+    forbidden_ids: tuple[int, ...] = ()
+    """Never generated: [PAD], [CLS], ..."""
+
+    def blocked(self, num_new: int, config: CaptionConfig) -> list[int]:
+        """Return what cannot follow `num_new` generated tokens."""
+        too_short = num_new < config.min_new_tokens
+        return [*self.forbidden_ids, self.sep_id] if too_short else [*self.forbidden_ids]
+
+
 def draw_key(seed: int, image_id: str, index: int) -> int:
     """Return the 64-bit key of all draws of one caption."""
     digest = hashlib.sha256(f"{seed}\0{image_id}\0{index}".encode()).digest()
@@ -85,102 +135,10 @@ def draw_key(seed: int, image_id: str, index: int) -> int:
 
 
 def uniforms(keys: np.ndarray, position: int) -> np.ndarray:
-    """Return one draw in [0, 1) per key (B,) uint64 for token `position` (splitmix64)."""
+    """Return one draw in [0, 1) per key (N,) uint64 for token `position` (splitmix64)."""
     offset = np.uint64((position + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
     mixed = keys + offset
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed = mixed ^ (mixed >> np.uint64(31))
     return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def nucleus_probs(logits: Tensor, config: CaptionConfig) -> Tensor:
-    """(B, V) logits -> float64 probabilities of temperature, then top_k, then top_p.
-
-    The nucleus is the smallest set of likeliest tokens whose mass reaches top_p; at least one token.
-    """
-    probs = torch.softmax(logits.double() / config.temperature, dim=-1)
-    ordered, indices = probs.sort(dim=-1, descending=True, stable=True)
-    if config.top_k:
-        ordered[:, config.top_k :] = 0.0
-        ordered = ordered / ordered.sum(dim=-1, keepdim=True)
-    mass_before = ordered.cumsum(dim=-1) - ordered
-    ordered = ordered.masked_fill(mass_before >= config.top_p, 0.0)
-    kept = torch.zeros_like(probs).scatter(1, indices, ordered)
-    return kept / kept.sum(dim=-1, keepdim=True)
-
-
-def sample(probs: Tensor, draws: Tensor) -> Tensor:
-    """Invert the cumulative distribution: (B, V) float64 and draws (B,) in [0, 1) -> tokens (B,)."""
-    cumulative = probs.cumsum(dim=-1)
-    # a draw beyond the rounded total, or on a token of no mass, goes to the last token that has mass
-    total = cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, draws[:, None] * total, right=True).squeeze(1)
-    positions = torch.arange(probs.shape[1], device=probs.device)
-    last = torch.where(probs > 0, positions, -1).amax(dim=-1)
-    return torch.minimum(token, last)
-
-
-def decode_rows(
-    next_logits: NextLogits,
-    prompt_ids: Sequence[int],
-    num_rows: int,
-    config: CaptionConfig,
-    *,
-    sep_id: int,
-    forbidden_ids: Sequence[int],
-    keys: np.ndarray | None,
-    device: torch.device,
-) -> Sequences:
-    """Decode rows in lockstep, greedily or by nucleus sampling; `keys` (B,) uint64 seed the draws.
-
-    `forbidden_ids` are never generated ([PAD], [CLS], ...).
-    """
-    cache = KVCache()
-    ids = torch.tensor([list(prompt_ids)] * num_rows, device=device)
-    generated = ids[:, :0]
-    is_open = torch.ones(num_rows, dtype=torch.bool, device=device)
-    sums = torch.zeros(num_rows, dtype=torch.float64, device=device)
-    for position in range(config.max_new_tokens):
-        logits = next_logits(ids, cache).float()
-        logits = constrain(logits, generated, config, sep_id=sep_id, forbidden_ids=forbidden_ids)
-        if config.decoding == "greedy" or keys is None:
-            token = logits.argmax(dim=-1)
-        else:
-            draws = torch.from_numpy(uniforms(keys, position)).to(device)
-            token = sample(nucleus_probs(logits, config), draws)
-        logprobs = logits.double().log_softmax(dim=-1).gather(1, token[:, None]).squeeze(1)
-        sums += torch.where(is_open, logprobs, 0.0)
-        token = torch.where(is_open, token, sep_id)
-        generated = torch.cat([generated, token[:, None]], dim=1)
-        is_open = is_open & (token != sep_id)
-        ids = token[:, None]
-        if not bool(is_open.any()):
-            break
-    rows = [_until(row, sep_id) for row in generated.tolist()]
-    reasons: list[FinishReason] = ["length" if open_ else "sep" for open_ in is_open.tolist()]
-    return Sequences(rows, sums.tolist(), reasons)
-
-
-def constrain(
-    logits: Tensor,
-    generated: Tensor,
-    config: CaptionConfig,
-    *,
-    sep_id: int,
-    forbidden_ids: Sequence[int],
-) -> Tensor:
-    """Apply repetition penalty, forbidden tokens and the minimum length to logits (B, V)."""
-    if config.repetition_penalty != 1.0 and generated.shape[1]:
-        seen = logits.gather(1, generated)
-        penalty = config.repetition_penalty
-        logits = logits.scatter(1, generated, torch.where(seen > 0, seen / penalty, seen * penalty))
-    blocked = list(forbidden_ids)
-    if generated.shape[1] < config.min_new_tokens:
-        blocked.append(sep_id)
-    columns = torch.tensor(blocked, dtype=torch.int64, device=logits.device)
-    return logits.index_fill(1, columns, float("-inf"))
-
-
-def _until(ids: list[int], sep_id: int) -> list[int]:
-    return ids[: ids.index(sep_id)] if sep_id in ids else ids

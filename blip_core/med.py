@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from blip_core.beam import decode
 from blip_core.config import Head, MEDConfig, require
+from blip_core.decoder import MEDDecoder
 from blip_core.errors import ConfigError
-from blip_core.generation import CaptionConfig, Sequences
-from blip_core.text import KeyValue, KVCache, LMHead, Part, TextTransformer, init_bert_weights
+from blip_core.generation import CaptionConfig, Sequences, Vocabulary, as_nucleus
+from blip_core.text import KeyValue, LMHead, Part, TextTransformer, init_bert_weights
 from blip_core.tokenizer import MEDTokenizer
 from blip_core.transforms import CLIP_MEAN, CLIP_STD, Triple
 from blip_core.vision import build_vision, init_std
@@ -107,6 +108,11 @@ class MED(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.text.word_embeddings.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number type of the parameters."""
+        return self.text.word_embeddings.weight.dtype
 
     @property
     def scale(self) -> Tensor:
@@ -199,14 +205,11 @@ class MED(nn.Module):
         image_kv: list[KeyValue],
         decoder_input_ids: Tensor,
         text_attention_mask: Tensor | None,
-        cache: KVCache | None = None,
     ) -> Tensor:
-        """As `lm_logits`, from `project_image`; with `cache` the ids are the next tokens only."""
+        """As `lm_logits`, from `project_image`."""
         self.require_head("lm", "lm_logits")
-        self._require_fits(decoder_input_ids, cache.num_tokens if cache is not None else 0)
-        hidden = self.text(
-            decoder_input_ids, text_attention_mask, mode="causal", image_kv=image_kv, cache=cache
-        )
+        self._require_fits(decoder_input_ids)
+        hidden = self.text(decoder_input_ids, text_attention_mask, mode="causal", image_kv=image_kv)
         logits: Tensor = self.lm_head(hidden, self.text.word_embeddings.weight)
         return logits
 
@@ -221,7 +224,7 @@ class MED(nn.Module):
         forbidden_ids: Sequence[int] = (),
         image_ids: Sequence[str] | None = None,
     ) -> Sequences:
-        """(B, 3, S, S) -> ids of B * num_captions captions, an image's together. `Captioner` gives texts.
+        """(B, 3, S, S) -> ids of B * num_captions captions, an image's together. `MEDCaptioner` gives texts.
 
         Every caption starts from `prompt_ids`, [DEC] first (default: [DEC] alone), and ends with `sep_id`;
         both default to the configuration's. `forbidden_ids` are never generated. The draws of nucleus
@@ -246,28 +249,19 @@ class MED(nn.Module):
             len(names) == len(pixel_values),
             f"there are {len(pixel_values)} images, but {len(names)} image_ids",
         )
-        image_kv = self.project_image(self.encode_image(pixel_values.to(self.device)))
-        per_image = config.num_beams if config.decoding == "beam" else config.num_captions
-        if per_image > 1:
-            rows = torch.arange(len(names), device=self.device).repeat_interleave(per_image)
-            image_kv = select_images(image_kv, rows)
-
-        def next_logits(ids: Tensor, cache: KVCache) -> Tensor:
-            return self.lm_logits_from_kv(image_kv, ids, None, cache)[:, -1]
-
-        return decode(
-            next_logits,
-            prompt,
-            names,
-            config,
-            sep_id=sep_id,
-            forbidden_ids=forbidden_ids,
-            device=self.device,
+        image_embeds = self.encode_image(pixel_values.to(self.device, self.dtype))
+        decoder = MEDDecoder(
+            self,
+            image_embeds,
+            per_image=config.num_beams if config.decoding == "beam" else config.num_captions,
+            max_tokens=len(prompt) + config.max_new_tokens,
         )
+        vocabulary = Vocabulary(sep_id, tuple(forbidden_ids))
+        return decode(decoder, prompt, names, config, vocabulary, self.device)
 
-    def _require_fits(self, input_ids: Tensor, num_before: int = 0) -> None:
+    def _require_fits(self, input_ids: Tensor) -> None:
         """Raise ConfigError for texts longer than the position embeddings."""
-        num_tokens, limit = num_before + input_ids.shape[1], self.config.text.max_positions
+        num_tokens, limit = input_ids.shape[1], self.config.text.max_positions
         if num_tokens > limit:
             raise ConfigError(
                 f"a text of {num_tokens} tokens is longer than text.max_positions {limit}: cut it"
@@ -276,6 +270,7 @@ class MED(nn.Module):
 
 def require_room(model: MEDConfig, num_prompt_tokens: int, config: CaptionConfig) -> None:
     """Raise ConfigError when a prompt and max_new_tokens exceed the position embeddings."""
+    config = as_nucleus(config, num_prompt_tokens)
     longest, limit = num_prompt_tokens + config.max_new_tokens, model.text.max_positions
     require(
         longest <= limit,

@@ -57,6 +57,7 @@ def encode_pairs(
 ) -> EncodedPairs:
     """Encode batches of pixel values (B, 3, S, S) and the captions of every image, in the same order.
 
+    A batch may also be image tokens (B, P, D) that a frozen vision encoder gave before.
     Image embeddings of more than `max_held_bytes` go to a file without a name in `spill_folder` (default:
     the folder for temporary files), which is gone with the process. Raises ConfigError when images and
     captions differ in number, when that folder has no room and when a feature is not finite.
@@ -153,7 +154,8 @@ def _encode_images(
         start, count = count, count + len(pixel_values)
         if count > num_images:  # only counted, for the message
             continue
-        embeds = model.encode_image(pixel_values)
+        is_encoded = pixel_values.ndim == 3
+        embeds = pixel_values if is_encoded else model.encode_image(pixel_values)
         if held is None:
             held = _room_for((num_images, *embeds.shape[1:]), max_held_bytes, spill_folder)
         held[start:count] = embeds.float().cpu()

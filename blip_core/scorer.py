@@ -3,28 +3,33 @@
 Dimension key: B batch, P image tokens, L text tokens, E shared width, N pairs, S image side.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from blip_core.config import require
-from blip_core.med import MED, select_images
+from blip_core.med import MED
+from blip_core.packed import DType, for_inference
+from blip_core.ragged import Ragged, first_states
 from blip_core.tokenizer import MEDTokenizer, clean_caption, require_vocabulary
+from blip_core.transforms import EvalTransform
 
 
 @dataclass(frozen=True, slots=True)
 class PairScore:
     """What the filter says about one image and one text."""
 
-    itm_prob: float
-    """Probability that they match, in [0, 1]; CapFilt keeps 0.5 and above."""
-    itc_sim: float
-    """Cosine of their features, in [-1, 1]."""
+    itm_prob: float | None
+    """Probability that they match, in [0, 1]; CapFilt keeps 0.5 and above. None: no matching head."""
+    itc_sim: float | None
+    """Cosine of their features, in [-1, 1]. None: no features to compare."""
 
 
-class Scorer:
+class MEDScorer:
     """Scores texts against images with one model, [ENC] at position 0 as in training."""
 
     def __init__(
@@ -33,7 +38,16 @@ class Scorer:
         tokenizer: MEDTokenizer,
         device: torch.device | str = "cpu",
         max_text_tokens: int = 35,
+        transform: EvalTransform | None = None,
+        *,
+        dtype: DType = "float32",
+        compile: bool = False,
+        num_cached_texts: int = 100_000,
     ) -> None:
+        """`transform` defaults to the paper's, at the model's image size; `model` itself is left as it is.
+
+        The features of the last `num_cached_texts` different texts are kept (base: 1 KB each).
+        """
         limit = model.config.text.max_positions
         require(
             max_text_tokens <= limit,
@@ -42,42 +56,62 @@ class Scorer:
         model.require_head("itc", "a scorer")
         model.require_head("itm", "a scorer")
         require_vocabulary(model.config.text, tokenizer)
-        self.model, self.tokenizer = model.to(device).eval(), tokenizer
-        self.device = torch.device(device)
+        self.model, self.tokenizer = (
+            for_inference(model, device=device, dtype=dtype, compile=compile),
+            tokenizer,
+        )
         self.max_text_tokens = max_text_tokens
+        self.transform = transform or EvalTransform(model.config.vision.image_size_px)
+        self._features: OrderedDict[str, Tensor] = OrderedDict()
+        self._num_cached_texts = num_cached_texts
 
     @torch.inference_mode()
     def score(self, pixel_values: Tensor, texts: Sequence[Sequence[str]]) -> list[list[PairScore]]:
-        """(B, 3, S, S) and B lists of texts -> B lists of scores; each image is encoded once.
+        """(B, 3, S, S) and B lists of texts -> B lists of scores.
 
-        Texts are cleaned as in training; an empty text or an empty list is allowed.
+        Each image is encoded once, and its texts ask one set of keys and values; a text that an image has
+        several times is scored once. Texts are cleaned as in training; an empty text or list is allowed.
         """
         require(
             len(pixel_values) == len(texts),
             f"there are {len(pixel_values)} images, but {len(texts)} lists of texts",
         )
-        image_embeds = self.model.encode_image(pixel_values.to(self.device))
-        rows = [index for index, of_image in enumerate(texts) for _ in of_image]
-        flat = [clean_caption(text) for of_image in texts for text in of_image]
-        itm_prob, itc_sim = self._score_pairs(image_embeds, rows, flat)
-        scores = iter(PairScore(p, s) for p, s in zip(itm_prob, itc_sim, strict=True))
-        return [[next(scores) for _ in of_image] for of_image in texts]
+        cleaned = [[clean_caption(text) for text in of_image] for of_image in texts]
+        pairs = [
+            (row, text) for row, of_image in enumerate(cleaned) for text in dict.fromkeys(of_image)
+        ]
+        if not pairs:
+            return [[] for _ in texts]
+        found = dict(zip(pairs, self._score_pairs(pixel_values, pairs), strict=True))
+        return [[found[row, text] for text in of_image] for row, of_image in enumerate(cleaned)]
 
-    def _score_pairs(
-        self, image_embeds: Tensor, rows: list[int], texts: list[str]
-    ) -> tuple[list[float], list[float]]:
-        """Score N texts against the images that `rows` names."""
-        if not texts:
-            return [], []
-        tokens = self.tokenizer.encode(texts, self.max_text_tokens).to(self.device)
-        images = torch.tensor(rows, device=self.device)
-        logits = self.model.itm_logits_from_kv(
-            select_images(self.model.project_image(image_embeds), images),
-            self.tokenizer.encoder_ids(tokens.input_ids),
-            tokens.attention_mask,
-        )
-        itm_prob = logits.double().softmax(dim=-1)[:, 1]
-        image_features = self.model.image_features(image_embeds)[images]
-        text_features = self.model.text_features(tokens.input_ids, tokens.attention_mask)
-        itc_sim = (image_features.double() * text_features.double()).sum(dim=-1).clamp(-1.0, 1.0)
-        return itm_prob.tolist(), itc_sim.tolist()
+    def _score_pairs(self, pixel_values: Tensor, pairs: list[tuple[int, str]]) -> list[PairScore]:
+        """Score N different pairs of an image and a text."""
+        model = self.model
+        image_embeds = model.encode_image(pixel_values.to(model.device, model.dtype))
+        rows = torch.tensor([row for row, _ in pairs], device=model.device)
+        tokens = self.tokenizer.encode([text for _, text in pairs], self.max_text_tokens)
+        tokens = tokens.to(model.device)
+        ragged = Ragged.of(self.tokenizer.encoder_ids(tokens.input_ids), tokens.attention_mask)
+        fused = first_states(model.text, ragged, model.project_image(image_embeds), rows)
+        itm_prob = model.itm_head(fused).double().softmax(dim=-1)[:, 1]
+        image_features = model.image_features(image_embeds).double()[rows]
+        text_features = self._text_features([text for _, text in pairs]).double()
+        itc_sim = (image_features * text_features).sum(dim=-1).clamp(-1.0, 1.0)
+        return [PairScore(p, s) for p, s in zip(itm_prob.tolist(), itc_sim.tolist(), strict=True)]
+
+    def _text_features(self, texts: list[str]) -> Tensor:
+        """Features (N, E) of texts, of which those that came before are remembered."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._features]
+        if new:
+            tokens = self.tokenizer.encode(new, self.max_text_tokens).to(self.model.device)
+            ragged = Ragged.of(tokens.input_ids, tokens.attention_mask)
+            projected = self.model.text_proj(first_states(self.model.text, ragged))
+            features = F.normalize(projected, dim=-1)
+            self._features |= {text: row.clone() for text, row in zip(new, features, strict=True)}
+        for text in texts:
+            self._features.move_to_end(text)
+        stacked = torch.stack([self._features[text] for text in texts])
+        while len(self._features) > self._num_cached_texts:
+            self._features.popitem(last=False)
+        return stacked

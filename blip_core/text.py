@@ -8,7 +8,6 @@ Dimension key: B batch, P image tokens, L text tokens, D width, H heads, K head 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -27,22 +26,6 @@ KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one attention, each (B, H, L or P, K)."""
 
 
-@dataclass(slots=True)
-class KVCache:
-    """Self-attention keys and values of the tokens decoded so far, one entry per layer."""
-
-    layers: list[KeyValue] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the cache holds."""
-        return self.layers[0][0].shape[2] if self.layers else 0
-
-    def reorder(self, rows: Tensor) -> None:
-        """Keep rows `rows` (M,) in this order, repeats allowed: beams that live on."""
-        self.layers = [(k.index_select(0, rows), v.index_select(0, rows)) for k, v in self.layers]
-
-
 class SelfAttention(nn.Module):
     """Post-norm self-attention of one layer and one role."""
 
@@ -58,26 +41,26 @@ class SelfAttention(nn.Module):
         self,
         hidden: Tensor,
         mask: Tensor | None,
-        past: KeyValue | None = None,
         *,
         first_only: bool = False,
-    ) -> tuple[Tensor, KeyValue]:
-        """(B, L, D) -> (B, L, D), or (B, 1, D) with `first_only`, and all keys and values, `past` included."""
+    ) -> Tensor:
+        """(B, L, D) -> (B, L, D), or (B, 1, D) with `first_only`."""
         if first_only:
             query, key, value = self._project_first(hidden)
             hidden = hidden[:, :1]
         else:
             query, key, value = self._split(self.qkv(hidden), 3)  # (B, H, L, K) each
-        if past is not None:
-            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         weight_dropout = self.dropout if self.training else 0.0
         mixed = attend(query, key, value, mask, dropout_p=weight_dropout)
         mixed = self.output(mixed.transpose(1, 2).flatten(2))
-        mixed = dropout(mixed, self.dropout, self.training)
-        return self.norm(hidden + mixed), (key, value)
+        normed: Tensor = self.norm(hidden + dropout(mixed, self.dropout, self.training))
+        return normed
 
     def _project_first(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Return the query of the first token (B, H, 1, K), and keys and values of all."""
+        if not isinstance(self.qkv, nn.Linear):  # packed: its weights cannot be cut
+            query, key, value = self._split(self.qkv(hidden), 3)
+            return query[:, :, :1], key, value
         width, weight, bias = hidden.shape[-1], self.qkv.weight, self.qkv.bias
         query = F.linear(hidden[:, :1], weight[:width], bias[:width])
         kv = F.linear(hidden, weight[width:], bias[width:])
@@ -177,15 +160,15 @@ class TextLayer(nn.Module):
         mode: Mode,
         image_kv: KeyValue | None,
         extra_kv: KeyValue | None,
-        past: KeyValue | None,
         first_only: bool,
-    ) -> tuple[Tensor, KeyValue]:
-        """Run one layer in `mode`; returns hidden states and self-attention keys and values."""
+    ) -> Tensor:
+        """Run one layer in `mode`."""
         attention = self.decoder_attention if mode == "causal" else self.encoder_attention
-        hidden, present = attention(hidden, mask, past, first_only=first_only)
+        hidden = attention(hidden, mask, first_only=first_only)
         if image_kv is not None:
             hidden = self.cross_attention(hidden, image_kv, extra_kv)
-        return self.feed_forward(hidden), present
+        fed: Tensor = self.feed_forward(hidden)
+        return fed
 
 
 class TextTransformer(nn.Module):
@@ -217,46 +200,37 @@ class TextTransformer(nn.Module):
         mode: Mode,
         image_kv: list[KeyValue] | None = None,
         extra_kv: list[KeyValue] | None = None,
-        cache: KVCache | None = None,
         first_only: bool = False,
     ) -> Tensor:
         """(B, L) ids -> (B, L, D) hidden states, or (B, 1, D) with `first_only`.
 
         `attention_mask` (B, L) is 1 for real tokens; None means that all are. `image_kv` comes from
         `project_image` and is needed in every mode but "text"; `extra_kv` has the images of the last texts
-        where those of `image_kv` are not theirs. With `cache` (mode "causal") the ids are
-        the next tokens only, and the cache grows. `first_only` spares the last layer all tokens but the
-        first, for heads that read no other.
+        where those of `image_kv` are not theirs. `first_only` spares the last layer all tokens but the first,
+        for heads that read no other.
         """
         if (mode == "text") != (image_kv is None):
             raise ValueError(f"mode {mode!r} {'reads no' if mode == 'text' else 'needs an'} image")
-        offset = cache.num_tokens if cache is not None else 0
         num_tokens = input_ids.shape[1]
-        positions = torch.arange(offset, offset + num_tokens, device=input_ids.device)
+        positions = torch.arange(num_tokens, device=input_ids.device)
         embedded = self.word_embeddings(input_ids) + self.position_embeddings(positions)
         hidden = dropout(self.embedding_norm(embedded), self.config.dropout, self.training)
         device = hidden.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             hidden = hidden.to(torch.get_autocast_dtype(device))  # else every layer casts it again
-        mask = _attention_mask(attention_mask, num_tokens, offset, mode, input_ids.device)
-        present: list[KeyValue] = []
+        mask = _attention_mask(attention_mask, num_tokens, mode, input_ids.device)
         for index, layer in enumerate(self.layers):
             kv = image_kv[index] if image_kv is not None else None
             extra = extra_kv[index] if extra_kv is not None else None
-            past = cache.layers[index] if cache is not None and cache.layers else None
             is_last = index == len(self.layers) - 1
-            hidden, grown = layer(
+            hidden = layer(
                 hidden,
                 mask,
                 mode=mode,
                 image_kv=kv,
                 extra_kv=extra,
-                past=past,
                 first_only=first_only and is_last,
             )
-            present.append(grown)
-        if cache is not None:
-            cache.layers = present
         return hidden
 
 
@@ -268,10 +242,16 @@ class LMHead(nn.Module):
         self.dense = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.packed: nn.Module | None = None
+        """The last matrix as an inference copy of the model packs it."""
 
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
         """(..., D) and the embedding matrix (V, D) -> logits (..., V)."""
-        return F.linear(self.norm(F.gelu(self.dense(hidden))), word_embeddings, self.bias)
+        normed: Tensor = self.norm(F.gelu(self.dense(hidden)))
+        if self.packed is not None:
+            logits: Tensor = self.packed(normed)
+            return logits
+        return F.linear(normed, word_embeddings, self.bias)
 
 
 def init_bert_weights(module: nn.Module, std: float) -> None:
@@ -284,17 +264,11 @@ def init_bert_weights(module: nn.Module, std: float) -> None:
 
 
 def _attention_mask(
-    attention_mask: Tensor | None, num_tokens: int, offset: int, mode: Mode, device: torch.device
+    attention_mask: Tensor | None, num_tokens: int, mode: Mode, device: torch.device
 ) -> Tensor | None:
-    """Return a boolean mask (B or 1, 1, L, offset + L), True = attend; None when nothing is masked."""
+    """Return a boolean mask (B or 1, 1, 1 or L, L), True = attend; None when nothing is masked."""
+    padding = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
     if mode != "causal":
-        return None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-    if num_tokens == 1 and attention_mask is None:
-        return None
-    total = offset + num_tokens
-    causal = torch.ones(num_tokens, total, dtype=torch.bool, device=device).tril(offset)
-    if attention_mask is None:
-        return causal[None, None]
-    if offset:
-        raise ValueError("a cache needs rows of equal length: attention_mask must be None")
-    return causal[None, None] & attention_mask.bool()[:, None, None, :]
+        return padding
+    causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()[None, None]
+    return causal if padding is None else causal & padding

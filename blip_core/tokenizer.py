@@ -141,7 +141,8 @@ class MEDTokenizer:
         """Return [CLS] ... [SEP], cut to `max_length` tokens ([SEP] kept), padded to the longest."""
         if max_length < 2:
             raise ConfigError(f"max_length must be at least 2 ([CLS] and [SEP]), got {max_length}")
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        storable = [storable_text(text) for text in texts]
+        encodings = self._tokenizer.encode_batch(storable, add_special_tokens=False)
         rows = [[self.cls_id, *e.ids[: max_length - 2], self.sep_id] for e in encodings]
         longest = max((len(row) for row in rows), default=2)
         input_ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.int64)
@@ -172,6 +173,13 @@ class MEDTokenizer:
         token_id = self._tokenizer.token_to_id(token)
         assert token_id is not None, token
         return int(token_id)
+
+
+def storable_text(text: str) -> str:
+    """A text that can be encoded: halves of surrogate pairs, which no tokenizer takes, are replaced."""
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def require_vocabulary(text: TextConfig, tokenizer: MEDTokenizer) -> None:

@@ -30,10 +30,11 @@ def bootstrap(settings: BootstrapSettings) -> RoundOutcome:
             return idle
         if run.round == 1:
             stages.pretrain(settings)
-        stages.finetune_captioner(settings)
-        stages.finetune_filter(settings)
-        stages.caption(settings)
-        stages.score(settings)
+        if settings.caption.captioner == "own":
+            stages.finetune_captioner(settings)
+        if settings.score.scorer == "own":
+            stages.finetune_filter(settings)
+        stages.captions_and_scores(settings)
         stages.decide(settings)
         stages.train(settings)
         stages.evaluate(settings)

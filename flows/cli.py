@@ -25,12 +25,17 @@ STAGES = {
     "caption": "write a caption for every web image",
     "score": "score every web and synthetic text",
     "decide": "keep or drop every text by the policy",
+    "caption-and-score": "both in one pass over the images",
     "curate": "caption, score and decide",
     "train": "train a new model on the clean set",
     "evaluate": "measure new model and champion on held-out pairs",
     "gate": "promote or refuse the new model",
     "report": "write the round's page",
 }
+
+
+OPTIONS = {"lake": "machine", "on_stale": "machine", "captioner": "caption", "scorer": "score"}
+"""Options that are settings, with their sections."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,6 +130,8 @@ def _settings_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--on-stale", choices=("error", "rebuild"), help="what to do with outdated parts"
     )
+    sub.add_argument("--captioner", metavar="hf:PATH", help="a captioner of transformers")
+    sub.add_argument("--scorer", metavar="clip:PATH", help="a CLIP or SigLIP (or open_clip:PATH)")
 
 
 def _config_options(sub: argparse.ArgumentParser) -> None:
@@ -143,8 +150,10 @@ def settings_from(options: argparse.Namespace, **changes: Any) -> BootstrapSetti
     """The settings that a command's options name; the quickstart preset without --config."""
     from flows.settings import load_settings, merge
 
-    machine = {"lake": options.lake, "on_stale": options.on_stale}
-    given = {"machine": {name: value for name, value in machine.items() if value}}
+    given: dict[str, Any] = {}
+    for name, section in OPTIONS.items():
+        if value := getattr(options, name, None):
+            given.setdefault(section, {})[name] = value
     return load_settings(options.preset or "quickstart", options.overrides, merge(given, changes))
 
 

@@ -18,7 +18,8 @@ import torch
 
 from blip_core import MED, DecodeError, EvalTransform
 from flows.session import Run
-from flows.steps.batches import ImageRow, image_batches
+from flows.steps.batches import image_batches
+from flows.stream import ImageRow
 from storage import TrainSet
 from storage.errors import StorageFull
 

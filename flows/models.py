@@ -5,11 +5,24 @@ from __future__ import annotations
 import dataclasses
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
-from blip_core import MED, EvalTransform, LoadedModel, load_model
+from blip_core import (
+    MED,
+    CaptionConfig,
+    Captioner,
+    EvalTransform,
+    LoadedModel,
+    MEDCaptioner,
+    MEDScorer,
+    Scorer,
+    load_model,
+)
 from blip_core.transforms import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from flows import foreign_models
 from flows.errors import MissingInput
 from flows.session import Run
+from flows.settings import decoding_fields
 from storage import Lake, ModelRef, local_folder, registry, rounds
 from storage.rounds import RoundRecord
 
@@ -45,15 +58,75 @@ def load_copy(
     return dataclasses.replace(loaded, model=model.eval())
 
 
+def captioner_ref(run: Run) -> ModelRef:
+    """The model that captions this round: the one that settings name, else the one finetuned in it."""
+    named = run.settings.caption.captioner
+    if named == foreign_models.OWN:
+        return require(run, "captioner", run.round)
+    return foreign_models.registered(run, "foreign_captioner", named)
+
+
+def scorer_ref(run: Run) -> ModelRef:
+    """The model that scores this round's texts: the one that settings name, else the filter finetuned in it."""
+    named = run.settings.score.scorer
+    if named == foreign_models.OWN:
+        return require(run, "filter", run.round)
+    return foreign_models.registered(run, "foreign_scorer", named)
+
+
+def finetuned(run: Run) -> list[ModelRef]:
+    """The captioner and the filter of this round, those that are finetuned in it."""
+    named = {"captioner": run.settings.caption.captioner, "filter": run.settings.score.scorer}
+    return [
+        require(run, role, run.round) for role, name in named.items() if name == foreign_models.OWN
+    ]
+
+
+def captioner_of(run: Run, ref: ModelRef) -> Captioner:
+    """What writes captions with a model, as `caption` of the settings says."""
+    settings = run.settings.caption
+    config = CaptionConfig(seed=run.settings.seed, **decoding_fields(settings))
+    if ref.is_foreign:
+        return foreign_models.captioner(run, ref, config)
+    loaded = load(run, ref)
+    captioner = MEDCaptioner(
+        loaded.model,
+        loaded.tokenizer,
+        config,
+        run.device,
+        eval_transform(run, loaded, quick=True),
+        dtype=settings.dtype,
+        compile=run.settings.machine.compile,
+    )
+    return cast("Captioner", captioner)
+
+
+def scorer_of(run: Run, ref: ModelRef) -> Scorer:
+    """What scores texts with a model, as `score` of the settings says."""
+    if ref.is_foreign:
+        return foreign_models.scorer(run, ref)
+    settings, loaded = run.settings.score, load(run, ref)
+    scorer = MEDScorer(
+        loaded.model,
+        loaded.tokenizer,
+        run.device,
+        settings.max_text_tokens,
+        eval_transform(run, loaded, quick=True),
+        dtype=settings.dtype,
+        compile=run.settings.machine.compile,
+    )
+    return cast("Scorer", scorer)
+
+
 def pixel_stats(run: Run) -> tuple[Triple, Triple]:
     """Mean and standard deviation of the pixels, as the settings say."""
     return PIXEL_STATS[run.settings.model.pixel_stats]
 
 
-def eval_transform(run: Run, loaded: LoadedModel) -> EvalTransform:
-    """The transform of images that a model captions, scores or is measured on."""
+def eval_transform(run: Run, loaded: LoadedModel, *, quick: bool = False) -> EvalTransform:
+    """The transform of images that a model is measured on; the quick one is that of captioning and scoring."""
     mean, std = pixel_stats(run)
-    return EvalTransform(loaded.model.config.vision.image_size_px, mean=mean, std=std)
+    return EvalTransform(loaded.model.config.vision.image_size_px, mean=mean, std=std, quick=quick)
 
 
 def require(run: Run, role: str, round: int) -> ModelRef:

@@ -6,7 +6,7 @@ Units are in the names; `None` means "off" or "as the stage decides", 0 is a num
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -22,6 +22,10 @@ def _hide_defaults(schema: dict[str, Any]) -> None:
             shown = field.pop("default")
             if shown is not None and not isinstance(shown, dict | list):
                 field["description"] = f"{field.get('description', '')} (default {shown})".strip()
+
+
+InferenceType = Literal["float32", "bfloat16", "float16"]
+BatchSetting = Annotated[int, Field(ge=1)] | Literal["auto"]
 
 
 class Section(BaseModel):
@@ -47,7 +51,15 @@ class MachineSettings(Section):
     num_threads: int | None = Field(default=None, ge=1)
     """Torch threads; all cores when not given."""
     decode_workers: int = Field(default=2, ge=1)
-    """Threads that read and decode images ahead of the model."""
+    """Threads or processes that decode images ahead of the model."""
+    decode_in: Literal["auto", "threads", "processes"] = "auto"
+    """What they are when captioning and scoring: processes where there is enough to decode, or always one of the two."""
+    curate_processes: int = Field(default=1, ge=1)
+    """Processes that caption and score, on GPUs one for each; a shard is worked on by one of them."""
+    stop_grace_s: float = Field(default=20.0, ge=0)
+    """After SIGTERM a shard is finished if that takes about this long at most, else given up."""
+    compile: bool = False
+    """Whether models that caption and score go through torch.compile: a minute at the start, for long runs on GPUs."""
     train_processes: int = Field(default=1, ge=1)
     """Processes that train one model together, on GPUs one for each; they share every batch."""
     train_sharding: Literal["none", "full"] = "none"
@@ -208,8 +220,14 @@ class CaptionSettings(Section):
     """Text that every caption continues; it is not part of the result."""
     num_captions: int = Field(default=1, ge=1)
     """Captions written for each image."""
-    batch_size: int = Field(default=64, ge=1)
-    """Images in a batch."""
+    batch_size: BatchSetting = 64
+    """Images in a batch; `auto` measures what is fastest."""
+    captioner: str = Field(default="own", pattern=r"^(own$|hf:.)")
+    """`own` is finetuned here; hf:PATH is an image-to-text model of transformers, a folder or a hub name."""
+    captioner_image_size_px: int | None = Field(default=None, ge=16)
+    """Side that pictures get for a captioner of transformers; as its processor has it when not given."""
+    dtype: InferenceType = "float32"
+    """Number type of the model."""
 
 
 class ScoreSettings(Section):
@@ -217,8 +235,19 @@ class ScoreSettings(Section):
 
     max_text_tokens: int = Field(default=35, ge=4)
     """Longest text in tokens, special tokens included."""
-    batch_size: int = Field(default=64, ge=1)
-    """Images in a batch."""
+    batch_size: BatchSetting = 64
+    """Images in a batch; `auto` measures what is fastest."""
+    scorer: str = Field(default="own", pattern=r"^(own$|clip:.|open_clip:.)")
+    """`own` is the filter finetuned here; clip:PATH or open_clip:PATH gives itc_sim and no itm_prob."""
+    dtype: InferenceType = "float32"
+    """Number type of the model."""
+
+
+class CurateSettings(Section):
+    """How captioning and scoring go over the images; never part of a fingerprint."""
+
+    fused: bool = False
+    """Both in one pass, an image decoded once for both models; else all captions, then all scores."""
 
 
 class DecideSettings(Section):
@@ -227,8 +256,8 @@ class DecideSettings(Section):
     policy: str = "blip"
     """Name of a policy in storage/policies."""
     threshold: float | None = Field(default=0.5, ge=0, le=1)
-    """Least itm_prob of a kept text (paper: the ITM head's own verdict, 0.5); null for a policy
-    that knows no `$threshold`."""
+    """Least itm_prob of a kept text (paper: the ITM head's own verdict, 0.5), least itc_sim with policy
+    itc; null for a policy that knows no `$threshold`."""
 
 
 class EvaluateSettings(Section):

@@ -19,6 +19,7 @@ from pydantic import ValidationError, model_validator
 from flows.errors import SettingsError
 from flows.sections import (
     CaptionSettings,
+    CurateSettings,
     DecideSettings,
     EvaluateSettings,
     GateSettings,
@@ -31,11 +32,12 @@ from flows.sections import (
     WorldSettings,
 )
 from flows.train_section import TrainSettings
+from storage.policy import explain_absent, needed_numbers, read_policy
 
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 PRESET_FOLDER_VARIABLE = "BOOTSTRAP_CONFIGS"
 LAKE_VARIABLE = "BOOTSTRAP_LAKE"
-NOT_IN_FINGERPRINTS = ("preset", "cycle", "machine", "report")
+NOT_IN_FINGERPRINTS = ("preset", "cycle", "machine", "curate", "report")
 """Sections that change how or where a run happens, not what it makes."""
 INGEST_NOT_IN_FINGERPRINTS = (
     "http_proxy",
@@ -45,6 +47,9 @@ INGEST_NOT_IN_FINGERPRINTS = (
     "max_restarts",
     "slice_rows",
 )
+CURATE_NOT_IN_FINGERPRINTS = ("batch_size",)
+CURATE_ADDED_LATER = ("captioner", "captioner_image_size_px", "scorer", "dtype")
+"""As TRAIN_ADDED_LATER; of `caption` they are no settings of decoding either."""
 EVALUATE_NOT_IN_FINGERPRINTS = ("batch_size", "finetuned")
 """`finetuned` adds models that are measured; the figures of each are the same."""
 TRAIN_NOT_IN_FINGERPRINTS = (
@@ -109,6 +114,8 @@ class BootstrapSettings(Section):
     """How captions are written."""
     score: ScoreSettings = ScoreSettings()
     """How texts are scored."""
+    curate: CurateSettings = CurateSettings()
+    """How captioning and scoring go over the images."""
     decide: DecideSettings = DecideSettings()
     """Which texts are kept."""
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -150,6 +157,13 @@ class BootstrapSettings(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _policy_fits_the_scorer(self) -> BootstrapSettings:
+        scorer, policy = self.score.scorer, self.decide.policy
+        if scorer != "own" and "itm_prob" in needed_numbers(read_policy(policy)[1]):
+            raise ValueError(explain_absent(policy, "itm_prob", f"score.scorer {scorer}"))
+        return self
+
     def as_basis(self) -> dict[str, Any]:
         """The settings of the data: what a round may not change half-way."""
         dumped: dict[str, Any] = self.model_dump(mode="json")
@@ -157,8 +171,7 @@ class BootstrapSettings(Section):
             dumped.pop(name)
         for name in INGEST_NOT_IN_FINGERPRINTS:
             dumped["ingest"].pop(name)
-        for name in ("caption", "score"):
-            dumped[name].pop("batch_size")
+        dumped["caption"], dumped["score"] = curate_basis(self.caption), curate_basis(self.score)
         for name in EVALUATE_NOT_IN_FINGERPRINTS:
             dumped["evaluate"].pop(name)
         dumped["model"] = model_basis(self.model)
@@ -184,6 +197,20 @@ def train_basis(settings: TrainSettings) -> dict[str, Any]:
         if dumped[name] == TrainSettings.model_fields[name].default:
             del dumped[name]
     return dumped
+
+
+def curate_basis(settings: CaptionSettings | ScoreSettings) -> dict[str, Any]:
+    """What of the settings of captioning or scoring its rows depend on."""
+    dumped = settings.model_dump(mode="json", exclude=set(CURATE_NOT_IN_FINGERPRINTS))
+    for name in set(dumped) & set(CURATE_ADDED_LATER):
+        if dumped[name] == type(settings).model_fields[name].default:
+            del dumped[name]
+    return dumped
+
+
+def decoding_fields(settings: CaptionSettings) -> dict[str, Any]:
+    """The settings of captioning that are a `CaptionConfig`'s."""
+    return settings.model_dump(exclude={*CURATE_NOT_IN_FINGERPRINTS, *CURATE_ADDED_LATER})
 
 
 def model_basis(settings: ModelSettings) -> dict[str, Any]:

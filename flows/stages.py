@@ -7,7 +7,6 @@ committed with the same fingerprint is not made again.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from prefect import flow
 
@@ -22,12 +21,9 @@ from flows.steps import plans
 from flows.steps.gate import Verdict, judge
 from flows.steps.ingest import drawn_world
 from flows.steps.plan import TrainPlan
-from flows.steps.shards import web_parts
 from storage import ModelRef, PartRef, registry, rounds, write_catalog
 
 logger = logging.getLogger(__name__)
-
-ShardTask = Callable[..., tuple[PartRef, bool]]
 
 
 @flow(name="ingest", validate_parameters=True)
@@ -71,16 +67,31 @@ def finetune_filter(settings: BootstrapSettings) -> ModelRef:
 def caption(settings: BootstrapSettings) -> StageResult:
     """New captions for every web image, one part a shard."""
     with open_run(settings, purpose="caption") as run:
-        captioner = models.require(run, "captioner", run.round)
-        return _each_shard(run, "caption", tasks.caption_shard_task, captioner)
+        return _shards(run, "caption", models.captioner_ref(run), None)
 
 
 @flow(name="score")
 def score(settings: BootstrapSettings) -> StageResult:
     """itm_prob and itc_sim of every web and synthetic text, one part a shard."""
     with open_run(settings, purpose="score") as run:
-        scorer = models.require(run, "filter", run.round)
-        return _each_shard(run, "score", tasks.score_shard_task, scorer)
+        return _shards(run, "score", None, models.scorer_ref(run))
+
+
+@flow(name="caption-and-score")
+def caption_and_score(settings: BootstrapSettings) -> StageResult:
+    """`caption` and `score` in one pass over the images: each is decoded once for both models."""
+    with open_run(settings, purpose="caption-and-score") as run:
+        captioner, scorer = models.captioner_ref(run), models.scorer_ref(run)
+        return _shards(run, "caption-and-score", captioner, scorer)
+
+
+def captions_and_scores(settings: BootstrapSettings) -> None:
+    """Both, in one pass or in two, as `curate.fused` says; the rows are the same."""
+    if settings.curate.fused:
+        caption_and_score(settings)
+    else:
+        caption(settings)
+        score(settings)
 
 
 @flow(name="decide")
@@ -98,8 +109,7 @@ def decide(settings: BootstrapSettings) -> StageResult:
 def curate(settings: BootstrapSettings) -> StageResult:
     """Caption, score and decide."""
     with open_run(settings, purpose="curate"):
-        caption(settings)
-        score(settings)
+        captions_and_scores(settings)
         return decide(settings)
 
 
@@ -117,7 +127,7 @@ def evaluate(settings: BootstrapSettings) -> StageResult:
         whole = [models.starting_model(run), plans.challenger(run)]
         wanted = list(whole)
         if run.settings.evaluate.finetuned:
-            wanted += [models.require(run, role, run.round) for role in ("captioner", "filter")]
+            wanted += models.finetuned(run)
         parts = []
         with StageProgress("evaluate", "Models measured", run.round) as progress:
             for done, ref in enumerate(wanted):
@@ -176,24 +186,17 @@ def _train(run: Run, plan: TrainPlan, *, reopens: bool = False) -> ModelRef:
     return ref
 
 
-def _each_shard(run: Run, stage: str, shard_task: ShardTask, model: ModelRef) -> StageResult:
-    """Run a task on every web part of `pairs`, one after the other: they share the device."""
-    shards = web_parts(run)
-    total = sum(part.num_rows for part in shards)
-    done, parts, reused = 0, [], 0
+def _shards(
+    run: Run, stage: str, captioner: ModelRef | None, scorer: ModelRef | None
+) -> StageResult:
+    """One task over every web part of `pairs`: shards overlap, so that the device waits for none."""
     with timed(run, stage) as book, StageProgress(stage, "Web rows", run.round) as progress:
-        for shard in shards:
-
-            def advance(images: int, before: int = done, shard: PartRef = shard) -> None:
-                progress(before + images, total, f"shard {shard.name}")
-
-            part, built = shard_task(run, shard, model, advance)
-            parts.append(part)
-            reused += not built
-            done += shard.num_rows
-            progress(done, total, f"shard {shard.name}")
-        book.count(f"{stage}_rows", sum(part.num_rows for part in parts))
-    return _result(run, stage, parts, reused)
+        curated = tasks.curate_shards_task(run, captioner, scorer, progress)
+        for table in ("captions", "scores"):
+            parts = [part for part in curated.parts if part.table == table]
+            if parts:
+                book.count(f"{table.removesuffix('s')}_rows", sum(part.num_rows for part in parts))
+    return _result(run, stage, curated.parts, len(curated.parts) - curated.built)
 
 
 def _result(run: Run, stage: str, parts: list[PartRef], reused: int = 0) -> StageResult:

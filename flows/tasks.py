@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
-from flows.steps import caption, decide, evaluate, ingest, score, train, write_report
+from flows.steps import curate_shards, decide, evaluate, ingest, train, write_report
 from storage import TransientError
 
 P = ParamSpec("P")
@@ -49,8 +49,7 @@ def pipeline_task(step: Callable[P, R], name: str, *tags: str) -> Callable[P, R]
 
 ingest_all_task = pipeline_task(ingest.ingest_all, "ingest", "network")
 train_model_task = pipeline_task(train.train_model, "train", "device")
-caption_shard_task = pipeline_task(caption.caption_shard, "caption-shard", "device")
-score_shard_task = pipeline_task(score.score_shard, "score-shard", "device")
+curate_shards_task = pipeline_task(curate_shards.curate_shards, "curate-shards", "device")
 decide_round_task = pipeline_task(decide.decide_round, "decide")
 evaluate_model_task = pipeline_task(evaluate.evaluate_model, "evaluate-model", "device")
 write_report_task = pipeline_task(write_report.write_report, "report")

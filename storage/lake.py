@@ -31,6 +31,8 @@ class Lake:
         self.scratch_root = scratch_root
         self.lake_id = lake_id
         self.read_only = read_only
+        self.lock_fd: int | None = None
+        """Descriptor of the lock while this process holds it on a local disk; processes that share its work inherit it."""
 
     def __repr__(self) -> str:
         return f"Lake({self.root.uri!r})"
@@ -74,8 +76,11 @@ class Lake:
         if self.read_only:
             raise NotWritable(f"lake {self.uri} was opened read-only; open it for writing")
         hold = hold_local if self.root.is_local else hold_remote
-        with hold(self.root, layout.LOCK, purpose):
-            yield
+        with hold(self.root, layout.LOCK, purpose) as self.lock_fd:
+            try:
+                yield
+            finally:
+                self.lock_fd = None
 
     def scratch(self, *parts: str) -> Path:
         """A folder on this machine for unfinished work; it is created and outlives the process.

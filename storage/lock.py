@@ -26,8 +26,11 @@ STALE_AFTER_S = 600.0
 
 
 @contextmanager
-def hold_local(root: Root, rel: str, purpose: str) -> Iterator[None]:
-    """Hold an flock; the file says who holds it. The file stays, the lock does not."""
+def hold_local(root: Root, rel: str, purpose: str) -> Iterator[int | None]:
+    """Hold an flock; the file says who holds it. The file stays, the lock does not.
+
+    Gives the file's descriptor: a process that inherits it holds the lock too.
+    """
     path = root.local_path(rel)
     assert path is not None, "hold_local needs a local root"
     with explained(root, rel):
@@ -39,14 +42,14 @@ def hold_local(root: Root, rel: str, purpose: str) -> Iterator[None]:
             raise _busy(root, os.pread(fd, 4096, 0)) from err
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps(_holder(purpose)).encode(), 0)
-        yield
+        yield fd
         os.ftruncate(fd, 0)
     finally:
         os.close(fd)
 
 
 @contextmanager
-def hold_remote(root: Root, rel: str, purpose: str) -> Iterator[None]:
+def hold_remote(root: Root, rel: str, purpose: str) -> Iterator[int | None]:
     """Hold a lock object that a thread renews.
 
     Object stores offer no portable exclusive create, so the holder writes its token, waits and
@@ -65,7 +68,7 @@ def hold_remote(root: Root, rel: str, purpose: str) -> Iterator[None]:
     beat = threading.Thread(target=_renew, args=(root, rel, holder, stop), daemon=True)
     beat.start()
     try:
-        yield
+        yield None
     finally:
         stop.set()
         beat.join()

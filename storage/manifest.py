@@ -37,7 +37,8 @@ class Manifest:
     started_at: str = ""
     seconds: float = 0.0
     timings: Mapping[str, float] = field(default_factory=dict)
-    """Seconds of the steps inside the stage."""
+    """Seconds of the steps inside the stage: `write` in every part; of captions and scores also `read` and `decode`
+    (summed over the threads that do it meanwhile), `wait` (the model for images), `encode`, `generate` or `score`."""
 
     def __post_init__(self) -> None:
         """Every row that came in went out as ok or not ok, with a status."""

@@ -5,6 +5,7 @@ Another threshold or another policy is seconds of DuckDB and no model; the texts
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +28,15 @@ from storage.tables import (
 )
 
 STAGE_VERSION = 1
+
+NUMBERS = ("itm_prob", "itc_sim")
+"""What a scorer may say about a text; a model without a matching head leaves itm_prob null."""
+_OTHER_POLICY = {
+    "itm_prob": "one on itc_sim (decide.policy: itc, with a decide.threshold that suits the model)",
+    "itc_sim": "one on itm_prob (decide.policy: blip)",
+}
+_NOT_CODE = re.compile(r"'(?:[^']|'')*'|--[^\n]*|/\*.*?\*/", re.DOTALL)
+_MAY_BE_NULL = re.compile(r"--\s*may be null:\s*(.+)")
 
 CANDIDATES = """
 CREATE TEMP TABLE candidates AS
@@ -114,6 +124,28 @@ def read_policy(policy: str) -> tuple[str, str]:
     )
 
 
+def needed_numbers(sql: str) -> tuple[str, ...]:
+    """Which of NUMBERS a policy cannot do without: those that its SQL reads.
+
+    A policy that knows what to do without one says so in a comment: `-- may be null: itm_prob`.
+    """
+    code = _NOT_CODE.sub(" ", sql)
+    optional = {name.strip() for found in _MAY_BE_NULL.findall(sql) for name in found.split(",")}
+    return tuple(
+        name
+        for name in NUMBERS
+        if name not in optional and re.search(rf"\b{name}\b", code, re.IGNORECASE)
+    )
+
+
+def explain_absent(policy: str, number: str, scorer: str) -> str:
+    """Why a policy cannot decide on what a scorer gives, and what to do."""
+    return (
+        f"policy {policy} decides by {number}, which {scorer} does not give: decide by {_OTHER_POLICY[number]}, "
+        f"or score with a model that gives {number}"
+    )
+
+
 def _decide(
     lake: Lake,
     round: int,
@@ -131,6 +163,7 @@ def _decide(
                 f"round {round} of {lake.uri} has no text to decide on: no web text came in and no "
                 "caption was made; run the ingest and caption stages, and look at the funnel"
             )
+        _check_numbers(con, round, name, sql)
         _run_policy(con, name, sql, params)
         _check_complete(con, name, num_in)
         dropped = _count(con, "SELECT count(*) FROM verdict WHERE NOT kept")
@@ -146,6 +179,22 @@ def _decide(
             basis=basis,
             counts=counts,
         )
+
+
+def _check_numbers(con: duckdb.DuckDBPyConnection, round: int, name: str, sql: str) -> None:
+    """Refuse a policy that reads a number which the scorer did not give."""
+    for number in needed_numbers(sql):
+        absent = con.execute(
+            f"SELECT s.model_id, any_value(m.path), count(*) FROM candidates c "
+            f"JOIN scores s ON s.caption_id = c.caption_id AND s.round = ? "
+            f"LEFT JOIN models m ON m.model_id = s.model_id AND m.round = s.round "
+            f"WHERE s.status = 'ok' AND s.{number} IS NULL GROUP BY ALL ORDER BY ALL LIMIT 1",
+            [round],
+        ).fetchall()
+        if absent:
+            model_id, path, texts = absent[0]
+            scorer = f"model {model_id[:8]} ({path}), the scorer of {texts} texts of round {round},"
+            raise ConfigError(explain_absent(name, number, scorer))
 
 
 def _run_policy(

@@ -22,6 +22,8 @@ from storage.tables import commit_part, committed_part, file_sha256, list_parts,
 
 WEIGHTS = "model.safetensors"
 ROLES = ("med", "captioner", "filter")
+FOREIGN_ROLES = ("foreign_captioner", "foreign_scorer")
+"""Models that were not trained here: their weights stay where they are, and `path` is a reference."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +34,12 @@ class ModelRef:
     role: str
     round: int
     path: str
-    """Its folder, relative to the lake."""
+    """Its folder, relative to the lake; of a foreign model the reference, such as hf:NAME."""
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it was trained elsewhere and its files are not in the lake."""
+        return self.role in FOREIGN_ROLES
 
 
 def register(
@@ -66,14 +73,42 @@ def register(
         "config": canonical(config),
     }
     _upload(lake, local_folder, model_id, record)
+    return _record(lake, record)
+
+
+def register_foreign(
+    lake: Lake, model_id: str, *, role: str, round: int, reference: str, config: Mapping[str, Any]
+) -> ModelRef:
+    """Record a model that was trained elsewhere; its weights stay where `reference` says.
+
+    `model_id` is a hash of its weights. Registering it again changes nothing.
+    """
+    if role not in FOREIGN_ROLES:
+        raise ConfigError(f"role must be one of {', '.join(FOREIGN_ROLES)}, got {role!r}")
+    record = {
+        "model_id": model_id,
+        "role": role,
+        "parent_id": None,
+        "round": round,
+        "path": reference,
+        "trained_on": None,
+        "config": canonical(config),
+    }
+    _write_lineage(lake, model_id, record)
+    return _record(lake, record)
+
+
+def _record(lake: Lake, record: Mapping[str, Any]) -> ModelRef:
+    """Commit a model's row, unless it is the newest of its role and round already."""
+    model_id, role, round = record["model_id"], record["role"], record["round"]
     name = f"{role}-{model_id}"
-    basis = basis_of("register", 1, record, [trained_on or ""], model_id)
+    basis = basis_of("register", 1, record, [record["trained_on"] or ""], model_id)
     known = committed_part(lake, "models", name, round=round, basis=basis, on_stale="rebuild")
     newest = find(lake, role, round)
     if known is None or newest is None or newest.model_id != model_id:
-        row = record | {"created_at": datetime.now(UTC)}
+        row = {**record, "created_at": datetime.now(UTC)}
         commit_part(lake, "models", name, pa.Table.from_pylist([row]), round=round, basis=basis)
-    return ModelRef(model_id=model_id, role=role, round=round, path=layout.model_dir(model_id))
+    return ModelRef(model_id=model_id, role=role, round=round, path=record["path"])
 
 
 def resolve(lake: Lake, model_id: str) -> ModelRef:
@@ -117,8 +152,11 @@ def list_models(lake: Lake, round: int | None = None) -> list[ModelRef]:
 def local_folder(lake: Lake, ref: ModelRef) -> Path:
     """A folder on this machine with the model's files; CorruptData when the weights differ.
 
-    For a local lake it is the folder itself; otherwise a checked copy in scratch.
+    For a local lake it is the folder itself; otherwise a checked copy in scratch. ConfigError for a foreign
+    model, whose files are not in the lake.
     """
+    if ref.is_foreign:
+        raise ConfigError(f"model {ref.model_id} is {ref.path}: its files are not in the lake")
     folder = lake.root.local_path(ref.path)
     if folder is None:
         folder = lake.scratch("models", ref.model_id)
@@ -195,5 +233,11 @@ def _upload(lake: Lake, local_folder: Path, model_id: str, record: Mapping[str, 
     for path in sorted(local_folder.iterdir()):
         if path.is_file() and path.name != "lineage.json":
             lake.root.put_file(path, layout.model_file(model_id, path.name))
+    _write_lineage(lake, model_id, record)
+
+
+def _write_lineage(lake: Lake, model_id: str, record: Mapping[str, Any]) -> None:
+    if lake.root.exists(layout.lineage(model_id)):
+        return
     data = json.dumps({**record, "config": json.loads(record["config"])}, indent=2, sort_keys=True)
     lake.root.write_bytes(layout.lineage(model_id), data.encode())

@@ -48,6 +48,8 @@ def find_damage(lake: Lake) -> Iterator[Damage]:
     if any(True for _ in _damaged_models_table(lake)):
         return
     for model in registry.list_models(lake):
+        if model.is_foreign:
+            continue
         try:
             registry.local_folder(lake, model)
         except CorruptData as err:

@@ -68,7 +68,7 @@ CAPTIONS = pa.schema(
         _column("index", pa.int32(), "which of the image's captions, from 0"),
         _column("num_tokens", pa.int32(), "generated tokens"),
         _column("mean_logprob", _FLOAT, "mean log-probability of the generated tokens"),
-        _column("finish_reason", _TEXT, "sep (the model ended it) or length (the limit did)"),
+        _column("finish_reason", _TEXT, "sep (the model ended it), length (the limit did) or nan"),
         _column(
             "status", _TEXT, "ok, or the kind of failure; caption_id is unique among ok", False
         ),
@@ -80,7 +80,7 @@ SCORES = pa.schema(
     [
         _column("caption_id", _TEXT, "the caption", False),
         _column("image_id", _TEXT, "its image", False),
-        _column("model_id", _TEXT, "the filter", False),
+        _column("model_id", _TEXT, "the filter, or another scorer", False),
         _column("itm_prob", _FLOAT, "probability of a match, softmax of the ITM head"),
         _column("itc_sim", _FLOAT, "cosine of the two features, unscaled"),
         _column("status", _TEXT, "ok, or the kind of failure", False),
@@ -105,10 +105,12 @@ DECISIONS = pa.schema(
 MODEL_RECORDS = pa.schema(
     [
         _column("model_id", _TEXT, "first 32 hex digits of the sha256 of its weights", False),
-        _column("role", _TEXT, "med, captioner or filter", False),
+        _column(
+            "role", _TEXT, "med, captioner, filter, foreign_captioner or foreign_scorer", False
+        ),
         _column("parent_id", _TEXT, "the model it was finetuned from; null from scratch"),
         _column("round", pa.int32(), "round that trained it", False),
-        _column("path", _TEXT, "its folder in the lake", False),
+        _column("path", _TEXT, "its folder in the lake; of a foreign model hf:, clip:, ...", False),
         _column("trained_on", _TEXT, "fingerprint of its training set"),
         _column("config", _TEXT, "its configuration, as a JSON object"),
         _column("created_at", _TIME, "when it was registered"),

@@ -6,6 +6,7 @@ manifest first, so a reader never sees a manifest beside bytes that it does not 
 
 import hashlib
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -104,11 +105,13 @@ def commit_batches(
     clock = clock or Clock()
     path = layout.part(table, name, round)
     manifest_path = layout.part_manifest(table, name, round)
+    began = time.perf_counter()
     lake.root.remove(manifest_path)
     with lake.root.staged(path) as tmp:
         with explained(lake.root, path):
             num_rows = _write_parquet(tmp, schema_of(table), batches)
             num_bytes, sha256 = tmp.stat().st_size, file_sha256(tmp)
+    timings = {**clock.timings, "write": round_to_ms(time.perf_counter() - began)}
     counts = counts or Counts(num_in=num_rows, num_ok=num_rows)
     manifest = Manifest(
         stage=str(basis["stage"]),
@@ -128,7 +131,7 @@ def commit_batches(
         versions=versions(),
         started_at=clock.started_at.isoformat(timespec="seconds"),
         seconds=round_to_ms((datetime.now(UTC) - clock.started_at).total_seconds()),
-        timings=dict(clock.timings),
+        timings=timings,
     )
     write_manifest(lake.root, manifest_path, manifest)
     logger.info("committed %s: %d rows", path, num_rows)

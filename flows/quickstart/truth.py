@@ -7,6 +7,7 @@ from flows import models
 from flows.quickstart.verdict import caption_truth
 from flows.quickstart.world import World
 from flows.session import Run
+from flows.settings import CURATE_ADDED_LATER, decoding_fields
 from flows.steps.batches import rows_table
 from flows.steps.evaluate import DATASET, PROTOCOL_OF, held_out, heldout_captions
 from storage import Clock, ModelRef, PartRef, basis_of, commit_part, committed_part
@@ -18,13 +19,13 @@ METRIC = "caption_truth"
 def measure_truth(run: Run, ref: ModelRef, world: World) -> PartRef:
     """Share of nucleus captions of the held-out pictures that are true; one part of `metrics`."""
     settings = run.settings.caption
-    config = CaptionConfig(
-        seed=run.settings.seed, **settings.model_dump(exclude={"batch_size", "num_captions"})
-    )
+    decoding = decoding_fields(settings) | {"num_captions": 1}
+    config = CaptionConfig(seed=run.settings.seed, **decoding)
     basis = basis_of(
         "truth",
         STAGE_VERSION,
-        settings.model_dump(mode="json") | {"seed": run.settings.seed},
+        settings.model_dump(mode="json", exclude=set(CURATE_ADDED_LATER))
+        | {"seed": run.settings.seed},
         [str(world.config)],
         ref.model_id,
     )

@@ -3,7 +3,8 @@
 TEXTS = """
     texts AS (
         SELECT c.caption_id, c.image_id, c.source, c.caption, s.itm_prob, s.itc_sim,
-            d.kept, d.reason, d.params, s.status AS score_status
+            coalesce(s.itm_prob, s.itc_sim) AS liking,
+            d.kept, d.reason, d.params, coalesce(s.status = 'ok', false) AS is_scored
         FROM captions c
         LEFT JOIN scores s ON s.caption_id = c.caption_id AND s.round = $round
         LEFT JOIN decisions d
@@ -13,7 +14,9 @@ TEXTS = """
             OR (c.source = 'synthetic' AND c.round = $round))
     )
 """
-"""Every text that the round had to decide on, with what was found and decided."""
+"""Every text that the round had to decide on, with what was found and decided.
+
+`liking` is what the scorer gives: itm_prob, or the cosine of one that has no matching head."""
 
 POLICY = """
 SELECT policy, any_value(params) AS params FROM decisions WHERE round = $round
@@ -33,7 +36,8 @@ GROUP BY ALL ORDER BY rows DESC, reason
 
 TEXT_COUNTS = f"""
 WITH {TEXTS}
-SELECT source, count(*) AS proposed, count(itm_prob) AS scored, count(*) FILTER (kept) AS kept
+SELECT source, count(*) AS proposed, count(*) FILTER (is_scored) AS scored,
+    count(*) FILTER (kept) AS kept
 FROM texts GROUP BY source ORDER BY source DESC
 """
 
@@ -41,7 +45,7 @@ FROM texts GROUP BY source ORDER BY source DESC
 DROP_REASONS = f"""
 WITH {TEXTS}
 SELECT source || ': ' || regexp_replace(reason, '^(it[mc]_\\w+) -?[0-9.]+ ', '\\1 ') AS why,
-    itm_prob IS NULL AS unscored, count(*) AS rows
+    NOT is_scored AS unscored, count(*) AS rows
 FROM texts WHERE NOT kept GROUP BY ALL ORDER BY rows DESC, why
 """
 
@@ -65,8 +69,8 @@ FROM texts WHERE itm_prob IS NOT NULL AND kept IS NOT NULL GROUP BY ALL ORDER BY
 PICK = """
 WITH {texts}
 SELECT image_id, caption_id FROM texts
-WHERE source = $source AND kept = $kept AND itm_prob IS NOT NULL
-ORDER BY itm_prob {order}, caption_id LIMIT $limit
+WHERE source = $source AND kept = $kept AND liking IS NOT NULL
+ORDER BY liking {order}, caption_id LIMIT $limit
 """
 
 # Pictures whose web text went and whose synthetic caption came in its place.
@@ -75,7 +79,7 @@ WITH {TEXTS}
 SELECT w.image_id, any_value(s.caption_id) AS caption_id
 FROM texts w JOIN texts s ON s.image_id = w.image_id AND s.source = 'synthetic' AND s.kept
 WHERE w.source = 'web' AND NOT w.kept
-GROUP BY w.image_id ORDER BY max(s.itm_prob - w.itm_prob) DESC, w.image_id LIMIT $limit
+GROUP BY w.image_id ORDER BY max(s.liking - w.liking) DESC, w.image_id LIMIT $limit
 """
 
 # $images: the chosen pictures.
@@ -84,7 +88,7 @@ WITH {TEXTS}
 SELECT image_id, caption_id, source, caption, itm_prob, itc_sim,
     coalesce(kept, false) AS kept, coalesce(reason, 'not decided') AS reason
 FROM texts WHERE list_contains($images, image_id)
-ORDER BY image_id, source DESC, itm_prob DESC, caption_id
+ORDER BY image_id, source DESC, liking DESC, caption_id
 """
 
 CARD_IMAGES = """
@@ -94,10 +98,11 @@ FROM pairs WHERE pool = 'web' AND status = 'ok' AND list_contains($images, image
 GROUP BY image_id
 """
 
-# The round's models with all their ancestors; $champion may be null.
+# The round's models with all their ancestors; $champion is null in round 1, which has the pretrained model to beat.
 MODELS = """
 WITH RECURSIVE wanted AS (
     SELECT model_id, parent_id FROM models WHERE round = $round OR model_id = $champion
+        OR (role = 'med' AND round = 0 AND $champion IS NULL)
     UNION SELECT m.model_id, m.parent_id FROM models m JOIN wanted w ON w.parent_id = m.model_id
 ), made AS (
     SELECT model_id, min(dataset) AS dataset FROM metrics WHERE dataset LIKE 'train-%'

@@ -56,6 +56,7 @@ STAGES = (
     "filter",
     "caption",
     "score",
+    "caption-and-score",
     "decide",
     "retrain",
     "evaluate",

@@ -4,71 +4,35 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
-from blip_core import CaptionConfig, Captioner, GeneratedCaption
-from flows import models
+from blip_core import GeneratedCaption
+from flows.caption_status import REPEATED, caption_status
+from flows.foreign_models import basis_fields
 from flows.session import Run
-from flows.steps.batches import ImageRow, counts_of, image_batches, isolate, rows_table
-from storage import (
-    Clock,
-    ModelRef,
-    PartRef,
-    basis_of,
-    caption_id,
-    commit_part,
-    committed_part,
-    fingerprint,
-    read_part,
-)
+from flows.settings import curate_basis
+from flows.stream import ImageRow
+from storage import ModelRef, PartRef, basis_of, caption_id, fingerprint, read_part
+from storage.fingerprint import Basis
 
 logger = logging.getLogger(__name__)
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
+"""3: pictures are decoded no larger than the model reads and resized by torch; 16-bit greys keep their range;
+captions of one word are `degenerate`, captions without numbers `model_error`."""
+
+Text = tuple[str, str]
+"""(caption_id, caption)."""
 
 
-def caption_shard(
-    run: Run, pairs: PartRef, captioner: ModelRef, on_progress: Callable[[int], None]
-) -> tuple[PartRef, bool]:
-    """Caption the ok web images of one pairs part; returns the part and whether it was built.
-
-    Captions are seeded by (seed, image_id, index). An image that cannot be decoded, and a caption
-    that comes out empty, is a row with a status and no text.
-    """
-    images = web_images(run, pairs)
-    settings = run.settings.caption.model_dump(mode="json", exclude={"batch_size"})
-    config = settings | {"seed": run.settings.seed}
+def caption_basis(run: Run, images: Sequence[ImageRow], captioner: ModelRef) -> Basis:
+    """What the captions of a shard's images are made of."""
+    config = curate_basis(run.settings.caption) | basis_fields(captioner)
+    config |= {"seed": run.settings.seed}
     # By content: a shard that was dropped and fetched anew may hold other images.
     inputs = [fingerprint("images", 1, {"image_ids": [row.image_id for row in images]}, [])]
-    basis = basis_of("caption", STAGE_VERSION, config, inputs, captioner.model_id)
-    existing = committed_part(
-        run.lake, "captions", pairs.name, round=run.round, basis=basis, on_stale=run.on_stale
-    )
-    if existing is not None:
-        return existing, False
-    clock = Clock()
-    records = _caption_images(run, images, captioner, on_progress)
-    counts = counts_of([record["status"] for record in records])
-    part = commit_part(
-        run.lake,
-        "captions",
-        pairs.name,
-        rows_table("captions", records),
-        round=run.round,
-        basis=basis,
-        counts=counts,
-        clock=clock,
-    )
-    logger.info(
-        "round %d shard %s: %d captions for %d images, %d without text",
-        run.round,
-        pairs.name,
-        counts.num_ok,
-        len(images),
-        counts.num_in - counts.num_ok,
-    )
-    return part, True
+    return basis_of("caption", STAGE_VERSION, config, inputs, captioner.model_id)
 
 
 def web_images(run: Run, pairs: PartRef) -> list[ImageRow]:
@@ -84,76 +48,70 @@ def web_images(run: Run, pairs: PartRef) -> list[ImageRow]:
     ]
 
 
-def _caption_images(
-    run: Run, images: list[ImageRow], captioner: ModelRef, on_progress: Callable[[int], None]
-) -> list[dict[str, Any]]:
-    settings = run.settings.caption
-    loaded = models.load(run, captioner)
-    fields = settings.model_dump(exclude={"batch_size"})
-    config = CaptionConfig(seed=run.settings.seed, **fields)
-    writer = Captioner(loaded.model, loaded.tokenizer, config, device=run.device)
-    transform = models.eval_transform(run, loaded)
-    records: list[dict[str, Any]] = []
-    for batch in image_batches(run, images, transform, settings.batch_size):
-        for row, error in batch.failed:
-            records.append(_failed(run, row.image_id, captioner, "decode_error", error))
-        if batch.pixel_values is None:
-            continue
-        pixels = batch.pixel_values
+class CaptionRows:
+    """Rows of `captions` for one shard, kept in the order of its images whenever they are made.
 
-        def write(places: list[int], pixels: Any = pixels, rows: Any = batch.rows) -> list[Any]:
-            return writer.caption(pixels[places], [rows[place].image_id for place in places])
+    An image that cannot be decoded, and a caption that comes out empty, is a row with a status and no text; one that
+    only says a word over and over keeps its text, but is not ok.
+    """
 
-        results = isolate(write, list(range(len(batch.rows))))
-        for row, result in zip(batch.rows, results, strict=True):
-            if isinstance(result, Exception):
-                records.append(_failed(run, row.image_id, captioner, "model_error", str(result)))
+    table = "captions"
+
+    def __init__(self, run: Run, captioner: ModelRef, basis: Basis) -> None:
+        self.basis = basis
+        self._run, self._captioner = run, captioner
+        self._by_place: dict[int, list[dict[str, Any]]] = {}
+
+    def made(self, place: int, image_id: str, captions: Sequence[GeneratedCaption]) -> list[Text]:
+        """Take the captions of the image at `place`; returns the texts that are to be scored.
+
+        The same words twice for one image are one caption.
+        """
+        records: list[dict[str, Any]] = []
+        seen: set[str] = set()
+        for index, caption in enumerate(captions):
+            text = caption.text.strip()
+            logprob = caption.mean_logprob
+            record = self._record(image_id, index, text)
+            record |= {
+                "num_tokens": caption.num_tokens,
+                "mean_logprob": logprob if math.isfinite(logprob) else None,
+                "finish_reason": caption.finish_reason,
+            }
+            status = caption_status(caption)
+            if not text:
+                record |= {"status": status, "caption": None}
+            elif text in seen:
+                record["status"] = REPEATED
             else:
-                records.extend(_records_of(run, row.image_id, captioner, result))
-        on_progress(len(batch.rows) + len(batch.failed))
-    return records
+                record["status"] = status
+            seen.add(text)
+            records.append(record)
+        self._by_place[place] = records
+        ok = [record for record in records if record["status"] == "ok"]
+        return [(record["caption_id"], record["caption"]) for record in ok]
 
+    def failed(self, place: int, image_id: str, status: str, error: str) -> None:
+        """Take that there is no caption of the image at `place`."""
+        logger.warning("image %s got no caption: %s", image_id, error)
+        record = self._record(image_id, 0, "") | {"status": status, "caption": None}
+        self._by_place[place] = [record]
 
-def _records_of(
-    run: Run, image_id: str, captioner: ModelRef, captions: list[GeneratedCaption]
-) -> list[dict[str, Any]]:
-    """One row for each caption; the same words twice for one image are one caption."""
-    records, seen = [], set()
-    for index, caption in enumerate(captions):
-        text = caption.text.strip()
-        record = _record(run, image_id, captioner, index, text)
-        record |= {
-            "num_tokens": caption.num_tokens,
-            "mean_logprob": caption.mean_logprob if math.isfinite(caption.mean_logprob) else None,
-            "finish_reason": caption.finish_reason,
+    def records(self) -> list[dict[str, Any]]:
+        """All rows, in the order of the images."""
+        return [record for place in sorted(self._by_place) for record in self._by_place[place]]
+
+    def _record(self, image_id: str, index: int, text: str) -> dict[str, Any]:
+        settings = self._run.settings.caption
+        return {
+            "caption_id": caption_id(image_id, "synthetic", text),
+            "image_id": image_id,
+            "source": "synthetic",
+            "caption": text,
+            "model_id": self._captioner.model_id,
+            "top_p": settings.top_p if settings.decoding == "nucleus" else None,
+            "seed": self._run.settings.seed,
+            "index": index,
+            "status": "ok",
+            "round": self._run.round,
         }
-        if not text:
-            record |= {"status": "empty", "caption": None}
-        elif text in seen:
-            record["status"] = "repeated"
-        seen.add(text)
-        records.append(record)
-    return records
-
-
-def _record(run: Run, image_id: str, captioner: ModelRef, index: int, text: str) -> dict[str, Any]:
-    settings = run.settings.caption
-    return {
-        "caption_id": caption_id(image_id, "synthetic", text),
-        "image_id": image_id,
-        "source": "synthetic",
-        "caption": text,
-        "model_id": captioner.model_id,
-        "top_p": settings.top_p if settings.decoding == "nucleus" else None,
-        "seed": run.settings.seed,
-        "index": index,
-        "status": "ok",
-        "round": run.round,
-    }
-
-
-def _failed(
-    run: Run, image_id: str, captioner: ModelRef, status: str, error: str
-) -> dict[str, Any]:
-    logger.warning("image %s got no caption: %s", image_id, error)
-    return _record(run, image_id, captioner, 0, "") | {"status": status, "caption": None}

@@ -9,8 +9,8 @@ import torch
 
 from blip_core import (
     CaptionConfig,
-    Captioner,
     LoadedModel,
+    MEDCaptioner,
     Metric,
     caption_metrics,
     encode_pairs,
@@ -21,7 +21,8 @@ from flows import models
 from flows.errors import MissingInput
 from flows.session import Run
 from flows.settings import EVALUATE_NOT_IN_FINGERPRINTS
-from flows.steps.batches import ImageRow, image_batches, rows_table
+from flows.steps.batches import image_batches, rows_table
+from flows.stream import ImageRow
 from storage import (
     Clock,
     CorruptShard,
@@ -187,7 +188,7 @@ def heldout_captions(
     run: Run, loaded: LoadedModel, heldout: HeldOut, config: CaptionConfig
 ) -> list[str]:
     """One caption for each held-out image, in order."""
-    writer = Captioner(loaded.model, loaded.tokenizer, config, device=run.device)
+    writer = MEDCaptioner(loaded.model, loaded.tokenizer, config, device=run.device)
     texts: list[str] = []
     for pixels in pixel_batches(run, loaded, heldout):
         ids = [row.image_id for row in heldout.images[len(texts) : len(texts) + len(pixels)]]

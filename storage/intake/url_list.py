@@ -205,11 +205,19 @@ def _clean(value: Any) -> tuple[str | None, str | None]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as err:
-        safe = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        return safe, f"not UTF-8 at character {err.start}"
+        return _storable(text), f"not UTF-8 at character {err.start}"
     if "\x00" in text:
         return text.replace("\x00", " "), "holds a NUL character"
     return text, None
+
+
+def _storable(text: str) -> str:
+    """A text with replacement characters for what UTF-8 cannot hold: stray bytes, halves of surrogate pairs."""
+    try:
+        data = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        data = text.encode("utf-8", "surrogatepass")
+    return data.decode("utf-8", "replace")
 
 
 def _check_columns(name: str, found: Any, columns: Mapping[str, str]) -> None:

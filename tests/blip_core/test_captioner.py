@@ -1,10 +1,13 @@
 import dataclasses
+import itertools
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from blip_core import MED, CaptionConfig, Captioner, ConfigError, GeneratedCaption, MEDTokenizer
+from blip_core import MED, CaptionConfig, ConfigError, GeneratedCaption, MEDCaptioner, MEDTokenizer
 
 IDS = [f"image-{index}" for index in range(16)]
 
@@ -12,12 +15,47 @@ IDS = [f"image-{index}" for index in range(16)]
 def _captions(
     model: MED, tokenizer: MEDTokenizer, config: CaptionConfig, pixels: Tensor, ids: list[str]
 ) -> dict[str, list[GeneratedCaption]]:
-    captions = Captioner(model, tokenizer, config).caption(pixels, ids)
+    captions = MEDCaptioner(model, tokenizer, config).caption(pixels, ids)
     return dict(zip(ids, captions, strict=True))
 
 
 def _texts(captions: dict[str, list[GeneratedCaption]]) -> dict[str, list[str]]:
     return {image: [caption.text for caption in found] for image, found in captions.items()}
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    order=st.permutations(range(16)),
+    cuts=st.sets(st.integers(1, 15), max_size=6),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    decoding=st.sampled_from(["nucleus", "beam"]),
+)
+def test_captions_are_the_same_in_any_company(
+    model: MED,
+    tokenizer: MEDTokenizer,
+    pixel_values: Tensor,
+    order: list[int],
+    cuts: set[int],
+    dtype: str,
+    decoding: str,
+) -> None:
+    """Batch size, order and resumption (whatever was not done yet) are all a partition of the images."""
+    config = CaptionConfig(
+        decoding=decoding, max_new_tokens=7, num_captions=3 if decoding == "nucleus" else 1
+    )
+    captioner = MEDCaptioner(model, tokenizer, config, dtype=dtype)
+    expected = dict(zip(IDS, captioner.caption(pixel_values, IDS), strict=True))
+    bounds = [0, *sorted(cuts), 16]
+    for start, stop in itertools.pairwise(bounds):
+        rows = order[start:stop]
+        ids = [IDS[row] for row in rows]
+        for image, found in zip(ids, captioner.caption(pixel_values[rows], ids), strict=True):
+            for caption, other in zip(found, expected[image], strict=True):
+                assert caption.text == other.text
+                assert caption.finish_reason == other.finish_reason
+                assert caption.mean_logprob == pytest.approx(other.mean_logprob, abs=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 16])
@@ -76,7 +114,7 @@ def test_mean_logprob_is_that_of_the_model(
     model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor
 ) -> None:
     config = CaptionConfig(decoding="greedy", max_new_tokens=6, min_new_tokens=0)
-    captioner = Captioner(model, tokenizer, config)
+    captioner = MEDCaptioner(model, tokenizer, config)
     forbidden = torch.tensor(captioner.forbidden_ids)
     embeds = model.encode_image(pixel_values[:1])
     ids = [tokenizer.dec_id]
@@ -109,4 +147,4 @@ def test_searches_do_not_depend_on_the_batch_either(
 
 def test_captioner_refuses_more_tokens_than_positions(model: MED, tokenizer: MEDTokenizer) -> None:
     with pytest.raises(ConfigError, match=r"make 41 tokens, but text.max_positions is 40"):
-        Captioner(model, tokenizer, CaptionConfig(max_new_tokens=40))
+        MEDCaptioner(model, tokenizer, CaptionConfig(max_new_tokens=40))

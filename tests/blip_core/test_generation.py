@@ -7,45 +7,57 @@ from torch import Tensor
 
 from blip_core import CaptionConfig, ConfigError
 from blip_core.beam import beam_search
-from blip_core.generation import (
-    Sequences,
-    constrain,
-    decode_rows,
-    draw_key,
-    nucleus_probs,
-    sample,
-    uniforms,
-)
-from blip_core.text import KVCache
+from blip_core.decoding import close_ranks, decode_rows
+from blip_core.generation import Sequences, Vocabulary, draw_key, uniforms
 
 SEP, VOCAB = 1, 6
 CPU = torch.device("cpu")
 
 
 class BigramModel:
-    """Next-token logits that depend on the last two tokens, read through a cache as the decoder's are."""
+    """Next-token logits that depend on the last two tokens, and remembers rows as the decoder does."""
 
     def __init__(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.table = 2.0 * torch.randn(VOCAB, VOCAB, VOCAB, generator=generator)
+        self.tokens: Tensor | None = None
+        self.sizes: list[int] = []
 
-    def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
-        shape = (len(ids), 1, ids.shape[1], 1)
-        new = ids.float().view(shape)
-        if cache.layers:
-            new = torch.cat([cache.layers[0][0], new], dim=2)
-        cache.layers = [(new, new)]
-        tokens = new[:, 0, :, 0].long()
-        return self.table[tokens[:, -2], tokens[:, -1]]
+    def step(self, ids: Tensor) -> Tensor:
+        self.sizes.append(len(ids))
+        self.tokens = ids if self.tokens is None else torch.cat([self.tokens, ids], dim=1)
+        return self.logits(self.tokens[:, -2], self.tokens[:, -1])
+
+    def select(self, rows: Tensor) -> None:
+        assert self.tokens is not None
+        self.tokens = self.tokens[rows]
+
+    def logits(self, before: Tensor, last: Tensor) -> Tensor:
+        return self.table[before, last]
 
 
-def _decode(
-    model: BigramModel, config: CaptionConfig, rows: int = 2, **options: object
-) -> Sequences:
-    arguments = {"sep_id": SEP, "forbidden_ids": [0], "device": CPU}
+class TwoModels(BigramModel):
+    """Another table for each of two images."""
+
+    def __init__(self, *seeds: int) -> None:
+        super().__init__(seeds[0])
+        self.tables = torch.stack([BigramModel(seed).table for seed in seeds])
+        self.image_of = torch.arange(len(seeds))
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        self.image_of = self.image_of[rows]
+
+    def logits(self, before: Tensor, last: Tensor) -> Tensor:
+        return self.tables[self.image_of, before, last]
+
+
+def _decode(model: BigramModel, config: CaptionConfig, rows: int = 2) -> Sequences:
+    vocabulary = Vocabulary(SEP, (0,))
     if config.decoding == "beam":
-        return beam_search(model, [2, 3], rows, config, **arguments)
-    return decode_rows(model, [2, 3], rows, config, keys=options.get("keys"), **arguments)
+        return beam_search(model, [2, 3], rows, config, vocabulary, CPU)
+    ids = [str(row) for row in range(rows)]
+    return decode_rows(model, [2, 3], ids, config, vocabulary, CPU)
 
 
 def _all_captions(model: BigramModel, max_new_tokens: int) -> list[tuple[float, list[int]]]:
@@ -87,69 +99,67 @@ def test_a_wide_beam_finds_the_best_of_all_captions(seed: int) -> None:
     assert found.sum_logprobs[0] / length == pytest.approx(best_mean)
 
 
-@pytest.mark.parametrize("seed", [28, 33])
-def test_a_beam_that_is_done_takes_nothing_more_while_others_go_on(seed: int) -> None:
-    class Slow(BigramModel):
-        def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
-            logits = super().__call__(ids, cache).clone()
-            logits[3:, SEP] = -50.0  # every row but the first never ends by itself
-            return logits
-
-    config = CaptionConfig(decoding="beam", num_beams=3, max_new_tokens=9)
-    together = _decode(Slow(seed), config, rows=3)
-    assert together.finish_reasons == ["sep", "length", "length"]
-    assert together.ids[0] == _decode(Slow(seed), config, rows=1).ids[0]
-
-
-def test_beam_rows_do_not_touch_each_other() -> None:
-    tables = [BigramModel(seed).table for seed in (3, 4)]
-    config = CaptionConfig(decoding="beam", num_beams=3, max_new_tokens=6)
-
-    class Both(BigramModel):
-        def __call__(self, ids: Tensor, cache: KVCache) -> Tensor:
-            self.table = tables[0]
-            super().__call__(ids, cache)
-            tokens = cache.layers[0][0][:, 0, :, 0].long()
-            halves = zip(tables, tokens.chunk(2), strict=True)
-            return torch.cat([table[half[:, -2], half[:, -1]] for table, half in halves])
-
-    together = _decode(Both(0), config)
-    alone = [_decode(BigramModel(seed), config, rows=1) for seed in (3, 4)]
-    assert together.ids == [alone[0].ids[0], alone[1].ids[0]]
+@pytest.mark.parametrize("decoding", ["beam", "nucleus", "greedy"])
+def test_rows_that_have_ended_leave_and_the_others_do_not_notice(decoding: str) -> None:
+    count = 3 if decoding == "nucleus" else 1
+    config = CaptionConfig(decoding=decoding, num_captions=count, max_new_tokens=9)
+    seeds = (3, 28, 33, 4)
+    together, alone = TwoModels(*seeds), []
+    found = _decode(together, config, rows=4)
+    for image, seed in enumerate(seeds):
+        model = BigramModel(seed)
+        if decoding == "beam":
+            alone.append(_decode(model, config, rows=1))
+        else:
+            alone.append(
+                decode_rows(model, [2, 3], [str(image)], config, Vocabulary(SEP, (0,)), CPU)
+            )
+    assert found.ids == [ids for each in alone for ids in each.ids]
+    assert found.finish_reasons == [r for each in alone for r in each.finish_reasons]
+    assert found.sum_logprobs == pytest.approx([s for each in alone for s in each.sum_logprobs])
+    assert together.sizes[0] == 4, "the prompt is read once an image"
+    assert together.sizes[1:] == sorted(together.sizes[1:], reverse=True)
+    assert together.sizes[-1] < together.sizes[1]
 
 
-def test_sampling_follows_the_probabilities() -> None:
-    probs = torch.tensor([[0.0, 0.5, 0.2, 0.0, 0.3, 0.0]], dtype=torch.float64).expand(20000, -1)
-    keys = np.array([draw_key(0, str(index), 0) for index in range(20000)], dtype=np.uint64)
-    tokens = sample(probs, torch.from_numpy(uniforms(keys, position=3)))
-    counts = torch.bincount(tokens, minlength=6) / 20000
-    torch.testing.assert_close(counts, probs[0].float(), atol=0.015, rtol=0)
-    assert counts[[0, 3, 5]].sum() == 0
+def test_ranks_are_closed_by_rows_from_the_end() -> None:
+    kept = torch.tensor([True, False, True, False, False, True, True])
+    assert close_ranks(kept).tolist() == [0, 5, 2, 6]
+    assert close_ranks(torch.tensor([True, True])).tolist() == [0, 1]
+    assert close_ranks(torch.tensor([False, False])).tolist() == []
 
 
-def test_sampling_at_the_very_ends_stays_on_tokens_with_mass() -> None:
-    probs = torch.tensor([[0.0, 0.7, 0.3, 0.0]] * 2, dtype=torch.float64)
-    ends = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
-    assert sample(probs, ends).tolist() == [1, 2]
-    assert sample(probs / 3, torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist() == [1, 2]
+@pytest.mark.parametrize("decoding", ["beam", "nucleus", "greedy"])
+def test_a_row_without_numbers_ends_alone(decoding: str) -> None:
+    seeds = (3, 4, 5)
+    config = CaptionConfig(decoding=decoding, max_new_tokens=5)
+    broken = TwoModels(*seeds)
+    broken.tables[1] = float("nan")
+    found, expected = _decode(broken, config, rows=3), _decode(TwoModels(*seeds), config, rows=3)
+    assert found.finish_reasons[1] == "nan"
+    assert found.ids[1] == []
+    assert np.isnan(found.sum_logprobs[1])
+    assert [found.ids[0], found.ids[2]] == [expected.ids[0], expected.ids[2]]
 
 
-def test_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
-    probs = torch.tensor([[0.1, 0.5, 0.05, 0.35]])
-    kept = nucleus_probs(probs.log(), CaptionConfig(top_p=0.8))
-    torch.testing.assert_close(kept[0].float(), torch.tensor([0.0, 0.5 / 0.85, 0.0, 0.35 / 0.85]))
-    only = nucleus_probs(probs.log(), CaptionConfig(top_p=0.01))
-    assert only[0].tolist() == [0.0, 1.0, 0.0, 0.0]
-    everything = nucleus_probs(probs.log(), CaptionConfig(top_p=1.0))
-    torch.testing.assert_close(everything.float(), probs)
-
-
-def test_top_k_comes_before_top_p_and_temperature_before_both() -> None:
-    probs = torch.tensor([[0.1, 0.5, 0.05, 0.35]])
-    kept = nucleus_probs(probs.log(), CaptionConfig(top_p=1.0, top_k=2))
-    torch.testing.assert_close(kept[0].float(), torch.tensor([0.0, 0.5 / 0.85, 0.0, 0.35 / 0.85]))
-    cold = nucleus_probs(probs.log(), CaptionConfig(top_p=1.0, temperature=0.5))
-    torch.testing.assert_close(cold.float(), probs**2 / (probs**2).sum())
+def test_length_penalty_prefers_long_captions() -> None:
+    lengths = []
+    for penalty in (0.0, 1.0, 4.0):
+        config = CaptionConfig(
+            decoding="beam", num_beams=250, max_new_tokens=4, length_penalty=penalty
+        )
+        found = _decode(BigramModel(13), config, rows=1)
+        best = max(
+            (mean * length ** (1.0 - penalty), ids)
+            for mean, ids, length in (
+                (mean, ids, len(ids) + (len(ids) < 4))
+                for mean, ids in _all_captions(BigramModel(13), 4)
+            )
+        )
+        assert found.ids == [best[1]]
+        lengths.append(len(found.ids[0]))
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1]
 
 
 def test_draws_are_uniform_and_differ_in_every_argument() -> None:
@@ -167,23 +177,6 @@ def test_draws_never_change_between_versions() -> None:
     assert uniforms(np.array([key], np.uint64), 3)[0] == pytest.approx(0.1349985658, abs=1e-9)
 
 
-def test_min_new_tokens_forbids_sep_and_forbidden_ids_never_come() -> None:
-    logits = torch.zeros(1, VOCAB)
-    config = CaptionConfig(min_new_tokens=2)
-    early = constrain(logits, torch.zeros(1, 1).long(), config, sep_id=SEP, forbidden_ids=[0, 4])
-    assert torch.isinf(early)[0].nonzero().flatten().tolist() == [0, 1, 4]
-    late = constrain(logits, torch.zeros(1, 2).long(), config, sep_id=SEP, forbidden_ids=[0, 4])
-    assert torch.isinf(late)[0].nonzero().flatten().tolist() == [0, 4]
-
-
-def test_repetition_penalty_lowers_generated_tokens_only() -> None:
-    logits = torch.tensor([[2.0, -2.0, 1.0, 4.0]])
-    config = CaptionConfig(repetition_penalty=2.0, min_new_tokens=0)
-    seen = torch.tensor([[0, 1, 0]])
-    changed = constrain(logits, seen, config, sep_id=3, forbidden_ids=[])
-    assert changed.tolist() == [[1.0, -4.0, 1.0, 4.0]]
-
-
 def test_rows_stop_at_max_new_tokens_with_the_reason() -> None:
     model = BigramModel(0)
     model.table[:, :, SEP] = -50.0
@@ -196,11 +189,15 @@ def test_rows_stop_at_max_new_tokens_with_the_reason() -> None:
     ("change", "message"),
     [
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
-        ({"decoding": "beams"}, "decoding must be one of nucleus, greedy, beam, got 'beams'"),
+        (
+            {"decoding": "beams"},
+            "decoding must be one of nucleus, greedy, beam, official, got 'beams'",
+        ),
         ({"max_new_tokens": 0}, "max_new_tokens must be above 0, got 0"),
         ({"min_new_tokens": 30}, r"min_new_tokens must be in \[0, max_new_tokens\], got 30"),
         ({"decoding": "greedy", "num_captions": 2}, "greedy decoding gives one caption"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"decoding": "official", "top_k": 40}, "decoding official fixes top_k at 50, got 40"),
     ],
 )
 def test_caption_config_names_field_value_and_bound(

@@ -22,11 +22,11 @@ from transformers_blip import SHAPES, build, save
 from blip_core import (
     MED,
     CaptionConfig,
-    Captioner,
     CheckpointError,
     ConfigError,
     CorruptCheckpoint,
     EvalTransform,
+    MEDCaptioner,
     MEDConfig,
     MEDTokenizer,
     build_model,
@@ -108,7 +108,7 @@ def test_an_exported_captioner_captions_in_transformers_as_here(
     pixels = EvalTransform(32)(picture)[None]
     torch.testing.assert_close(inputs["pixel_values"], pixels, atol=0.02, rtol=0)
     config = CaptionConfig(decoding="greedy", max_new_tokens=8, prompt="a picture of")
-    expected = Captioner(model, tokenizer, config).caption(inputs["pixel_values"], ["0"])[0][0]
+    expected = MEDCaptioner(model, tokenizer, config).caption(inputs["pixel_values"], ["0"])[0][0]
     theirs = BlipForConditionalGeneration.from_pretrained(tmp_path).eval()
     suppressed = [token for token in tokenizer.special_ids if token != tokenizer.sep_id]
     ids = theirs.generate(

@@ -8,11 +8,11 @@ from torch import Tensor
 from blip_core import (
     MED,
     CaptionConfig,
-    Captioner,
     ConfigError,
+    MEDCaptioner,
     MEDConfig,
+    MEDScorer,
     MEDTokenizer,
-    Scorer,
     build_model,
 )
 from blip_core.config import Head
@@ -91,19 +91,19 @@ def test_heads_decide_what_a_model_answers(pixel_values: Tensor) -> None:
 def test_captioner_and_scorer_refuse_a_model_without_their_head(tokenizer: MEDTokenizer) -> None:
     config = MEDConfig.preset("tiny", vocab_size=tokenizer.vocab_size, heads=("lm",))
     with pytest.raises(ConfigError, match="a scorer needs the head 'itc', but this model has lm"):
-        Scorer(MED(config), tokenizer)
+        MEDScorer(MED(config), tokenizer)
     config = MEDConfig.preset("tiny", vocab_size=tokenizer.vocab_size, heads=("itc", "itm"))
     with pytest.raises(ConfigError, match="a captioner needs the head 'lm', but this model has it"):
-        Captioner(MED(config), tokenizer, CaptionConfig())
+        MEDCaptioner(MED(config), tokenizer, CaptionConfig())
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tokenizer: MEDTokenizer) -> None:
     small = MED(MEDConfig.preset("tiny", vocab_size=tokenizer.vocab_size - 1))
     message = rf"tokenizer has {tokenizer.vocab_size} ids, but the model's text.vocab_size is"
     with pytest.raises(ConfigError, match=message):
-        Scorer(small, tokenizer)
+        MEDScorer(small, tokenizer)
     with pytest.raises(ConfigError, match=message):
-        Captioner(small, tokenizer, CaptionConfig())
+        MEDCaptioner(small, tokenizer, CaptionConfig())
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 3, 32, 16), (1, 1, 32, 32), (3, 32, 32)])
@@ -135,7 +135,7 @@ def test_generate_gives_the_captioner_s_captions_as_ids(
 ) -> None:
     names = ["a", "b", "c"]
     config = CaptionConfig(max_new_tokens=8, num_captions=2, prompt="a picture of", seed=4)
-    captioner = Captioner(model, tokenizer, config)
+    captioner = MEDCaptioner(model, tokenizer, config)
     expected = captioner.caption(pixel_values[:3], names)
     found = model.generate(
         pixel_values[:3],

@@ -73,6 +73,19 @@ def test_encode_pairs_cuts_texts_for_features_and_matching_alike(
     torch.testing.assert_close(logits[0], logits[1])
 
 
+@torch.no_grad()
+def test_encode_pairs_gives_the_same_from_image_tokens_as_from_pixels(
+    model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor, texts: list[str]
+) -> None:
+    captions = [[text] for text in texts]
+    tokens = model.encode_image(pixel_values)
+    from_pixels = encode_pairs(model, tokenizer, pixel_values.split(5), captions)
+    from_tokens = encode_pairs(model, tokenizer, tokens.split(5), captions)
+    torch.testing.assert_close(from_tokens.image_embeds, from_pixels.image_embeds)
+    torch.testing.assert_close(from_tokens.image_features, from_pixels.image_features)
+    torch.testing.assert_close(from_tokens.text_features, from_pixels.text_features)
+
+
 def test_encode_pairs_gives_the_same_from_a_file_that_nobody_sees(
     model: MED, tokenizer: MEDTokenizer, pixel_values: Tensor, texts: list[str], tmp_path: Path
 ) -> None:

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from blip_core import MED
-from blip_core.text import KVCache
 
 
 def _kv(model: MED, pixel_values: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -47,35 +46,6 @@ def test_padding_changes_nothing_for_real_tokens(
     mask = torch.tensor([[1, 1, 1, 0, 0, 0]])
     padded = model.text(padded_ids, mask, mode=mode, image_kv=kv)
     torch.testing.assert_close(padded[:, :3], short, atol=1e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_cache_gives_the_logits_of_the_whole_sequence(
-    model: MED, pixel_values: torch.Tensor
-) -> None:
-    kv = _kv(model, pixel_values[:2])
-    ids = torch.tensor([[5, 8, 9, 10, 11], [5, 20, 21, 22, 23]])
-    whole = model.lm_logits_from_kv(kv, ids, torch.ones_like(ids))
-    cache = KVCache()
-    parts = [
-        model.lm_logits_from_kv(kv, ids[:, start:stop], None, cache)
-        for start, stop in ((0, 2), (2, 3), (3, 5))
-    ]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-4)
-    assert cache.num_tokens == 5
-
-
-@torch.no_grad()
-def test_cache_reorder_moves_rows(model: MED, pixel_values: torch.Tensor) -> None:
-    kv = _kv(model, pixel_values[:1].repeat(2, 1, 1, 1))
-    ids = torch.tensor([[5, 8, 9], [5, 20, 21]])
-    cache = KVCache()
-    model.lm_logits_from_kv(kv, ids, None, cache)
-    cache.reorder(torch.tensor([1, 0]))
-    step = model.lm_logits_from_kv(kv, torch.tensor([[30], [30]]), None, cache)
-    swapped = torch.cat([ids[[1, 0]], torch.tensor([[30], [30]])], dim=1)
-    whole = model.lm_logits_from_kv(kv, swapped, torch.ones_like(swapped))
-    torch.testing.assert_close(step[:, 0], whole[:, -1], atol=1e-5, rtol=1e-4)
 
 
 def test_modes_insist_on_an_image_or_on_none(model: MED, pixel_values: torch.Tensor) -> None:

@@ -11,8 +11,7 @@ from flows import models
 from flows.session import Run
 from flows.settings import parse_settings
 from flows.steps.batches import isolate
-from flows.steps.caption import caption_shard
-from flows.steps.score import score_shard
+from flows.steps.curate_shards import caption_shard, score_shard
 from flows.steps.shards import web_parts
 from storage import Lake, list_parts
 

@@ -62,7 +62,8 @@ def test_gather_facts_counts_an_unscored_text_as_lost_before_the_filter(
 ) -> None:
     with tables.connect() as connection:
         lost = connection.execute("SELECT min(caption_id) FROM scores").fetchone()
-        changes = {"scores": "itm_prob = NULL", "decisions": "kept = false, reason = 'not scored'"}
+        failed = "itm_prob = NULL, itc_sim = NULL, status = 'decode_error'"
+        changes = {"scores": failed, "decisions": "kept = false, reason = 'not scored'"}
         for table, change in changes.items():
             connection.execute(f"UPDATE {table} SET {change} WHERE caption_id = ?", lost)
         _, _, proposed, scored, _ = gather_facts(
@@ -71,6 +72,27 @@ def test_gather_facts_counts_an_unscored_text_as_lost_before_the_filter(
     (loss,) = proposed.losses
     assert (loss.reason.split(": ")[1], loss.rows) == ("not scored", 1)
     assert scored.rows == proposed.rows - 1
+
+
+def test_gather_facts_of_a_round_scored_by_cosines_alone(tables: LakeTables) -> None:
+    with tables.connect() as connection:
+        connection.execute("UPDATE scores SET itm_prob = NULL")
+        connection.execute("UPDATE decisions SET reason = 'itc_sim 0.0123 < 0.2' WHERE NOT kept")
+        connection.execute("DELETE FROM models WHERE role = 'captioner'")
+        connection.execute(
+            "UPDATE models SET role = 'foreign_scorer', parent_id = NULL, path = 'clip:some/model' "
+            "WHERE role = 'filter'"
+        )
+        connection.execute("UPDATE rounds SET champion_before = NULL")
+        facts = gather_facts(connection, 1, tables.read_image, lake="lake")
+    _, _, proposed, scored, kept = facts.funnel
+    assert proposed.rows == scored.rows == 240 > kept.rows > 0
+    assert [loss.reason.split(": ")[1] for loss in scored.losses] == ["itc_sim < 0.2"] * 2
+    assert facts.histograms == ()
+    assert all(group.cards for group in facts.gallery)
+    assert facts.arms is not None
+    assert (facts.arms.before_id, facts.arms.after_id) == (RAW, CLEAN)
+    assert "trained elsewhere" in render_report(facts)
 
 
 def test_gather_facts_compares_the_new_model_with_what_it_had_to_beat(facts: ReportFacts) -> None:

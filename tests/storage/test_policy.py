@@ -3,11 +3,19 @@ from pathlib import Path
 import pytest
 from rounds_of_rows import BASIS, caption, image, pair, write_world
 
+from storage import registry
 from storage.catalog import active_policy, query
 from storage.errors import ConfigError, EmptyInput, QueryRefused, StaleOutput
 from storage.lake import Lake
-from storage.policy import decide
-from storage.tables import commit_part, drop_part, part_manifest, read_part, rows_table
+from storage.policy import decide, needed_numbers
+from storage.tables import (
+    commit_part,
+    drop_part,
+    list_parts,
+    part_manifest,
+    read_part,
+    rows_table,
+)
 
 
 def test_decide_gives_every_text_one_row_with_a_reason(lake: Lake) -> None:
@@ -101,3 +109,55 @@ def test_decide_names_an_unknown_policy_or_parameter(lake: Lake) -> None:
 def test_decide_says_what_to_run_when_there_is_no_text(lake: Lake) -> None:
     with pytest.raises(EmptyInput, match="run the ingest and caption stages"):
         decide(lake, 1)
+
+
+def _without_itm_prob(lake: Lake) -> None:
+    """The made-up round again, scored by a model that gives cosines alone."""
+    write_world(lake)
+    registry.register_foreign(
+        lake, "f", role="foreign_scorer", round=1, reference="clip:some/model", config={}
+    )
+    (part,) = list_parts(lake, "scores", 1)
+    rows = [row | {"itm_prob": None} for row in read_part(lake, part).to_pylist()]
+    drop_part(lake, part)
+    commit_part(lake, "scores", "p", rows_table("scores", rows), round=1, basis=BASIS)
+
+
+def test_decide_refuses_a_policy_on_a_number_that_the_scorer_does_not_give(lake: Lake) -> None:
+    _without_itm_prob(lake)
+    with pytest.raises(ConfigError) as caught:
+        decide(lake, 1)
+    said = str(caught.value)
+    assert said.startswith("policy blip decides by itm_prob, which model f (clip:some/model), the ")
+    assert "6 texts of round 1, does not give: decide by one on itc_sim (decide.policy: itc" in said
+    assert list_parts(lake, "decisions", 1) == []
+    ref = decide(lake, 1, policy="itc", params={"threshold": 0.6})
+    rows = {row["caption_id"]: row for row in read_part(lake, ref).to_pylist()}
+    assert {name for name, row in rows.items() if row["kept"]} == {"w0", "w2", "s0"}
+    assert rows["w0"]["reason"] == "itc_sim >= 0.6"
+    assert rows["w1"]["reason"] == "itc_sim 0.1000 < 0.6"
+    assert rows["s1"]["reason"] == "not scored: cannot decode"
+
+
+def test_policy_that_says_what_may_be_null_decides_without_it(lake: Lake, tmp_path: Path) -> None:
+    _without_itm_prob(lake)
+    sql = "SELECT caption_id, coalesce(itm_prob, itc_sim, 0) >= $threshold AS kept, 'r' AS reason "
+    path = tmp_path / "either.sql"
+    path.write_text(f"-- may be null: itm_prob\n{sql} FROM candidates")
+    kept = read_part(lake, decide(lake, 1, policy=str(path))).column("kept").to_pylist()
+    assert sum(kept) == 4
+
+
+@pytest.mark.parametrize(
+    ("sql", "numbers"),
+    [
+        ("SELECT itm_prob > 0.5", ("itm_prob",)),
+        ("SELECT ITC_SIM, itm_prob", ("itm_prob", "itc_sim")),
+        ("SELECT 'itm_prob' -- or itc_sim\n/* itm_prob\n */", ()),
+        ("-- may be null: itc_sim, itm_prob\nSELECT itc_sim, itm_prob", ()),
+        ("-- may be null: itm_prob\nSELECT itc_sim, itm_prob", ("itc_sim",)),
+        ("SELECT my_itm_prob", ()),
+    ],
+)
+def test_needed_numbers_are_those_that_the_sql_reads(sql: str, numbers: tuple[str, ...]) -> None:
+    assert needed_numbers(sql) == numbers

@@ -7,6 +7,7 @@ from storage.catalog import query
 from storage.errors import ConfigError, CorruptData
 from storage.lake import Lake
 from storage.registry import ModelRef
+from storage.repair import repair
 
 
 def saved(folder: Path, weights: bytes) -> Path:
@@ -101,3 +102,32 @@ def test_register_refuses_an_unknown_role_and_a_folder_without_weights(
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"no model\.safetensors"):
         registered(lake, tmp_path / "empty", "med")
+
+
+def test_foreign_model_has_a_row_and_a_lineage_and_no_files(local_lake: Lake) -> None:
+    model_id = "ab" * 16
+    found = [
+        registry.register_foreign(
+            local_lake,
+            model_id,
+            role="foreign_scorer",
+            round=1,
+            reference="clip:some/model",
+            config={"model_type": "clip"},
+        )
+        for _ in range(2)
+    ]
+    assert found[0] == found[1] == registry.find(local_lake, "foreign_scorer", 1)
+    assert found[0].is_foreign
+    rows = query(local_lake, "SELECT role, path, parent_id FROM models").to_pylist()
+    assert rows == [{"role": "foreign_scorer", "path": "clip:some/model", "parent_id": None}]
+    assert query(local_lake, "SELECT generation FROM lineage").to_pylist() == [{"generation": 0}]
+    assert registry.lineage_of(local_lake, model_id)["config"] == {"model_type": "clip"}
+    assert registry.find(local_lake, "filter", 1) is None
+    assert repair(local_lake) == []
+    with pytest.raises(ConfigError, match="clip:some/model: its files are not in the lake"):
+        registry.local_folder(local_lake, found[0])
+    with pytest.raises(ConfigError, match="one of foreign_captioner, foreign_scorer, got 'filter'"):
+        registry.register_foreign(
+            local_lake, model_id, role="filter", round=1, reference="clip:x", config={}
+        )

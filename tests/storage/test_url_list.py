@@ -62,6 +62,14 @@ def test_parquet_text_that_is_not_utf8_spoils_its_own_row_only(tmp_path: Path) -
     ]
 
 
+def test_half_a_surrogate_pair_spoils_its_own_row_only(tmp_path: Path) -> None:
+    path = tmp_path / "list.jsonl"
+    path.write_text('{"link": "u0", "text": "a \\ud83c b"}\n{"link": "u1", "text": "c"}\n')
+    rows = rows_of(path)
+    assert [r.bad for r in rows] == ["column text: not UTF-8 at character 2", None]
+    assert rows[0].values["alt_text"].startswith("a \ufffd")
+
+
 def test_malformed_rows_keep_their_place_with_a_reason(tmp_path: Path) -> None:
     path = tmp_path / "list.jsonl"
     path.write_text(

@@ -1,0 +1,100 @@
+"""The probe that a training has to beat: frozen features of images and texts, and one ridge regression.
+
+Dimension key: I images, T texts, F image features, D text width.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip_core import MED, EncodedPairs, MEDTokenizer, Metric, clean_caption
+from blip_core.evaluation import retrieval_recalls
+from blip_core.intervals import auc_metric
+
+RIDGES = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10_000.0)
+_TEXT_BATCH = 256
+
+
+def image_features(tokens: np.ndarray) -> Tensor:
+    """(I, P, D) vision tokens -> (I, 2 D): CLS beside the mean of the patches."""
+    rows = [
+        np.concatenate([row[0], row[1:].astype(np.float32).mean(axis=0)]).astype(np.float32)
+        for row in tokens
+    ]
+    return torch.from_numpy(np.stack(rows))
+
+
+@torch.inference_mode()
+def text_features(model: MED, tokenizer: MEDTokenizer, texts: Sequence[str]) -> Tensor:
+    """Return (T, D), L2-normalised means over a text's tokens, as MiniLM's sentence vectors are made."""
+    rows = []
+    model.eval()
+    for start in range(0, len(texts), _TEXT_BATCH):
+        cleaned = [clean_caption(text) for text in texts[start : start + _TEXT_BATCH]]
+        batch = tokenizer.encode(cleaned, 64)
+        hidden = model.text(batch.input_ids, batch.attention_mask, mode="text")
+        mask = batch.attention_mask[:, :, None]
+        rows.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
+    return torch.nn.functional.normalize(torch.cat(rows), dim=-1).clone()
+
+
+class Ridge:
+    """A linear map from image features to text features with one penalty on its weights."""
+
+    def __init__(self, images: Tensor, texts: Tensor, penalty: float) -> None:
+        """Fit on (I, F) and (I, D), a row of both for each image."""
+        self._mean, self._std = images.mean(dim=0), images.std(dim=0).clamp(min=1e-6)
+        self._bias = texts.mean(dim=0)
+        x = ((images - self._mean) / self._std).double()
+        gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=torch.float64)
+        self._weight = torch.linalg.solve(gram, x.T @ (texts - self._bias).double()).float()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(I, F) -> (I, D), L2-normalised."""
+        found = (images - self._mean) / self._std @ self._weight + self._bias
+        return torch.nn.functional.normalize(found, dim=-1)
+
+
+def best_ridge(
+    images: Tensor, texts: Tensor, dev_images: Tensor, dev_texts: Tensor, dev_index: Tensor
+) -> tuple[Ridge, float]:
+    """Fit with every penalty; return the map with the highest mean recall on the dev split, and its penalty."""
+    scored = []
+    for penalty in RIDGES:
+        ridge = Ridge(images, texts, penalty)
+        recalls = retrieval_recalls(ridge(dev_images) @ dev_texts.T, dev_index)
+        scored.append((recalls["mean_recall"], penalty, ridge))
+    _, penalty, ridge = max(scored, key=lambda each: each[0])
+    return ridge, penalty
+
+
+def as_pairs(
+    image_rows: Tensor, text_rows: Tensor, captions: Sequence[Sequence[str]]
+) -> EncodedPairs:
+    """Return features as a held-out set that the project's evaluation reads; it has no image tokens."""
+    return EncodedPairs(
+        image_embeds=torch.zeros(len(image_rows), 0, 0),
+        image_features=image_rows,
+        text_features=text_rows,
+        texts=[clean_caption(text) for of_image in captions for text in of_image],
+        text_image_index=index_of(captions),
+    )
+
+
+def index_of(captions: Sequence[Sequence[str]]) -> Tensor:
+    """Return the image (T,) of every caption."""
+    return torch.tensor([image for image, texts in enumerate(captions) for _ in texts])
+
+
+def cosine_auc(pairs: EncodedPairs, *, seed: int = 0) -> Metric:
+    """Return the AUC of telling by cosine every pair from the image with another image's text at random."""
+    rng = np.random.default_rng(seed)
+    images = pairs.text_image_index.numpy()
+    other = rng.integers(0, len(images), len(images))
+    while (clash := images[other] == images).any():
+        other[clash] = rng.integers(0, len(images), int(clash.sum()))
+    sim = (pairs.image_features @ pairs.text_features.T).double().numpy()
+    true, wrong = sim[images, np.arange(len(images))], sim[images, other]
+    return auc_metric("cosine_auc_random", true, wrong, images)

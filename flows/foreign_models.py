@@ -1,0 +1,82 @@
+"""Models that were not trained here, as captioner or scorer of a round: hf:PATH, clip:PATH, open_clip:PATH.
+
+PATH is a folder or a name on the Hugging Face hub. Such a model has a row in `models` and an id from its weights;
+its files stay where they are.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from blip_core import CaptionConfig, Captioner, CLIPScorer, ForeignCaptioner, OpenCLIPScorer, Scorer
+from blip_core.foreign import foreign_model_id, processing_id, read_config
+from flows.session import Run
+from storage import ModelRef, registry
+
+OWN = "own"
+Role = Literal["foreign_captioner", "foreign_scorer"]
+
+
+def split(reference: str) -> tuple[str, str]:
+    """`clip:PATH` -> its kind and its path; a folder's path is expanded."""
+    kind, _, where = reference.partition(":")
+    folder = Path(where).expanduser()
+    return kind, str(folder) if folder.is_dir() else where
+
+
+def registered(run: Run, role: Role, reference: str) -> ModelRef:
+    """The row of a foreign model in this round; its weights are hashed, so a changed model is another one.
+
+    Raises CheckpointError when there is no such model.
+    """
+    kind, where = split(reference)
+    config: dict[str, Any] = {"reference": reference, "processing_id": _processing_id(where)}
+    if kind != "open_clip":
+        config["model_type"] = read_config(where)["model_type"]
+    return registry.register_foreign(
+        run.lake,
+        foreign_model_id(where),
+        role=role,
+        round=run.round,
+        reference=reference,
+        config=config,
+    )
+
+
+def captioner(run: Run, ref: ModelRef, config: CaptionConfig) -> Captioner:
+    """What writes captions with a foreign model. Raises CheckpointError, ConfigError."""
+    settings = run.settings.caption
+    _, where = split(ref.path)
+    return ForeignCaptioner(
+        where,
+        config,
+        device=run.device,
+        dtype=settings.dtype,
+        image_size_px=settings.captioner_image_size_px,
+    )
+
+
+def scorer(run: Run, ref: ModelRef) -> Scorer:
+    """What scores texts with a foreign model. Raises CheckpointError."""
+    kind, where = split(ref.path)
+    settings = run.settings.score
+    if kind == "open_clip":
+        return OpenCLIPScorer(where, device=run.device, dtype=settings.dtype)
+    return CLIPScorer(where, device=run.device, dtype=settings.dtype)
+
+
+def basis_fields(ref: ModelRef) -> dict[str, str]:
+    """What of a foreign model a part is made of, beside its weights; nothing for a model of ours.
+
+    Not where it lies: a folder that is moved makes the same captions.
+    """
+    if not ref.is_foreign:
+        return {}
+    return {ref.role.removeprefix("foreign_"): _processing_id(split(ref.path)[1])}
+
+
+@lru_cache(maxsize=8)
+def _processing_id(where: str) -> str:
+    return processing_id(where)

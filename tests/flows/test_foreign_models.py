@@ -1,0 +1,173 @@
+"""Rounds that caption and score with models that were not trained here."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from cycle import FinishedCycle, bootstrap, stamps, write_settings
+
+from flows import models
+from flows.errors import SettingsError
+from flows.session import Run
+from flows.settings import curate_basis, load_settings, parse_settings
+from flows.steps.caption import caption_basis
+from flows.steps.decide import decide_round
+from storage import ConfigError, Lake, list_parts, query, registry
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "blip_core"))
+import foreign_models
+
+MADE = ("captions/round=0001", "scores", "decisions", "models", "metrics", "rounds")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    built = tmp_path_factory.mktemp("foreign")
+    made = {name: foreign_models.CAPTIONERS[name](built / name) for name in ("blip", "vit_gpt2")}
+    return made | {"clip": foreign_models.clip(built / "clip")}
+
+
+@pytest.fixture
+def taken_in(finished: FinishedCycle, tmp_path: Path) -> FinishedCycle:
+    """The lake as it was when pictures and texts had come in, and nothing else was done."""
+    lake = tmp_path / "lake"
+    shutil.copytree(finished.lake, lake)
+    for folder in (*(f"tables/{name}" for name in MADE), "models", "rounds", "reports"):
+        shutil.rmtree(lake / folder, ignore_errors=True)
+    settings = finished.settings | {"machine": finished.settings["machine"] | {"lake": str(lake)}}
+    config = write_settings(tmp_path / "tiny.yaml", settings)
+    return FinishedCycle(tmp_path, lake, config, settings, "")
+
+
+def _changed(cycle: FinishedCycle, **sections: dict) -> Run:
+    settings = json.loads(json.dumps(cycle.settings))
+    for name, fields in sections.items():
+        settings[name] = {**settings[name], **fields}
+    return Run(Lake.open(str(cycle.lake)), parse_settings(settings), 1)
+
+
+def test_curate_captions_and_scores_with_the_models_that_are_named(
+    taken_in: FinishedCycle, folders: dict[str, Path], tmp_path: Path, api_url: str
+) -> None:
+    def curate(*more: str) -> str:
+        done = bootstrap(
+            "curate",
+            "--config",
+            str(taken_in.config),
+            "--captioner",
+            f"hf:{folders['blip']}",
+            "--scorer",
+            f"clip:{folders['clip']}",
+            *more,
+            cwd=tmp_path,
+            api_url=api_url,
+        )
+        return f"{done.returncode} {' '.join(done.stderr.split())}"
+
+    refused = curate()
+    assert refused.startswith("2 ")
+    assert f"policy blip decides by itm_prob, which score.scorer clip:{folders['clip']} " in refused
+    assert "decide.policy: itc" in refused
+    assert not list((taken_in.lake / "tables" / "captions" / "round=0001").glob("*"))
+    by_cosine = ("--set", "decide.policy=itc", "--set", "decide.threshold=0.05")
+    assert curate(*by_cosine).startswith("0 ")
+    lake = Lake.open(str(taken_in.lake), read_only=True)
+    roles = {row["role"]: row for row in query(lake, "SELECT * FROM models").to_pylist()}
+    assert set(roles) == {"foreign_captioner", "foreign_scorer"}
+    writer, judge = roles["foreign_captioner"], roles["foreign_scorer"]
+    assert (writer["path"], judge["path"]) == (f"hf:{folders['blip']}", f"clip:{folders['clip']}")
+    assert registry.lineage_of(lake, judge["model_id"])["config"]["model_type"] == "clip"
+    said = query(lake, "SELECT * FROM captions WHERE source = 'synthetic'").to_pylist()
+    assert {row["model_id"] for row in said} == {writer["model_id"]}
+    assert len({row["caption"] for row in said}) > 30
+    scores = query(lake, "SELECT * FROM scores").to_pylist()
+    assert {(row["model_id"], row["status"]) for row in scores} == {(judge["model_id"], "ok")}
+    assert {row["itm_prob"] for row in scores} == {None}
+    assert len({row["itc_sim"] for row in scores}) > 60
+    verdicts = query(lake, "SELECT kept, itc_sim, reason FROM verdicts").to_pylist()
+    assert len(verdicts) == len(scores)
+    assert all(row["kept"] == (row["itc_sim"] >= 0.05) for row in verdicts)
+    assert {row["kept"] for row in verdicts} == {True, False}
+    before = stamps(taken_in.lake, "tables")
+    assert curate(*by_cosine).startswith("0 ")
+    assert stamps(taken_in.lake, "tables") == before, "found, not made again"
+
+
+def test_decide_refuses_the_policy_before_it_writes_whatever_the_settings_say(
+    taken_in: FinishedCycle, folders: dict[str, Path], curated: None
+) -> None:
+    run = _changed(taken_in)  # the settings of another round: no foreign scorer, policy blip
+    with pytest.raises(
+        ConfigError, match=r"policy blip decides by itm_prob, which model .*\(clip:"
+    ):
+        decide_round(run)
+    assert list_parts(run.lake, "decisions", 1) == []
+
+
+@pytest.fixture
+def curated(taken_in: FinishedCycle, folders: dict[str, Path]) -> None:
+    """Captions and scores of foreign models, made by the stages' own step."""
+    from flows.steps.curate_shards import curate_shards
+
+    run = _changed(
+        taken_in,
+        caption={"captioner": f"hf:{folders['vit_gpt2']}"},
+        score={"scorer": f"clip:{folders['clip']}"},
+        decide={"policy": "itc"},
+    )
+    for refs in ((models.captioner_ref(run), None), (None, models.scorer_ref(run))):
+        curate_shards(run, *refs, lambda *told: None)
+
+
+def test_basis_follows_weights_and_tokenizer_and_not_the_folder(
+    taken_in: FinishedCycle, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(folders["blip"], moved)
+
+    def basis(folder: Path) -> object:
+        run = _changed(taken_in, caption={"captioner": f"hf:{folder}"})
+        return caption_basis(run, [], models.captioner_ref(run))
+
+    first = basis(folders["blip"])
+    assert basis(moved) == first
+    other = tmp_path / "other"
+    shutil.copytree(folders["blip"], other)
+    path = other / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 9}))
+    assert basis(other) != first
+
+
+def test_settings_that_name_no_foreign_model_keep_their_basis() -> None:
+    settings = load_settings("quickstart")
+    assert not {"captioner", "dtype"} & set(curate_basis(settings.caption))
+    assert set(curate_basis(settings.score)) == {"max_text_tokens"}
+    assert set(settings.as_basis()["score"]) == {"max_text_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("caption.captioner", "clip:some/model", "caption.captioner"),
+        ("caption.captioner", "hf:", "caption.captioner"),
+        ("score.scorer", "hf:some/model", "score.scorer"),
+        ("score.scorer", "clip:some/model", "policy blip decides by itm_prob"),
+    ],
+)
+def test_reference_of_the_wrong_kind_is_refused_with_the_field(
+    field: str, value: str, said: str
+) -> None:
+    section, name = field.split(".")
+    with pytest.raises(SettingsError) as caught:
+        parse_settings({"preset": "quickstart", section: {name: value}})
+    assert said in str(caught.value)
+    assert value in str(caught.value)
+
+
+def test_model_that_is_not_there_is_named(taken_in: FinishedCycle, tmp_path: Path) -> None:
+    run = _changed(taken_in, caption={"captioner": f"hf:{tmp_path}/gone"})
+    with pytest.raises(Exception, match=f"no model at {tmp_path}/gone: there is no such folder"):
+        models.captioner_ref(run)
+    assert registry.list_models(run.lake) == []
