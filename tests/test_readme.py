@@ -1,4 +1,4 @@
-"""The README's section on the model: its blocks are run as they stand, on tiny models and pictures.
+"""The README's sections on models: their blocks are run as they stand, on tiny models and pictures.
 
 What the blocks name is made small: models with random weights, a preset of four steps, a lake whose
 first round has a captioner.
@@ -8,11 +8,13 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import foreign_models
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ import transformers
 from PIL import Image
 
 from blip_core import MED, MEDConfig, MEDTokenizer, build_model, save_model
+from flows.cli import parser, settings_from
 from flows.settings import PRESET_FOLDER_VARIABLE, parse_settings
 from storage import Lake, registry, rounds
 
@@ -33,10 +36,10 @@ TINY_PRESET = {
 }
 
 
-def _blocks() -> list[tuple[str, str]]:
-    """Language and text of every block of the section, in order."""
+def _blocks(heading: str = "The model") -> list[tuple[str, str]]:
+    """Language and text of every block of a section, in order."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.split("\n## The model\n", 1)[1].split("\n## ", 1)[0]
+    section = text.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
     return re.findall(r"^```(\w*)\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -175,3 +178,23 @@ def test_a_round_is_exported_and_transformers_captions_with_it(
     _run_bash(_blocks()[2][1], place)
     monkeypatch.chdir(place)
     assert re.fullmatch(r"[a-z][a-z ]+\n", _run_python(_blocks()[3][1]))
+
+
+def test_a_picture_is_captioned_and_scored_by_other_peoples_models(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (_, command), (language, code) = _blocks("Other people's models")
+    assert language == "python"
+    foreign_models.blip2(place / "models/blip2")
+    foreign_models.clip(place / "models/clip")
+    monkeypatch.chdir(place)
+    lines = _run_python(code).split("\n")
+    assert len([line for line in lines if re.match(r"[+-]0\.\d{3} ", line)]) == 3
+    options = parser().parse_args(shlex.split(command.replace("\\\n", " "))[1:])
+    options.preset = "quickstart"
+    settings = settings_from(options)
+    assert (settings.caption.captioner, settings.score.scorer) == (
+        "hf:models/blip2",
+        "clip:models/clip",
+    )
+    assert (settings.decide.policy, settings.decide.threshold) == ("itc", 0.28)

@@ -8,8 +8,8 @@ import foreign_models
 import numpy as np
 import pytest
 import torch
+from odd_texts import ODD
 from PIL import Image
-from test_odd_input import ODD
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from odd_texts import ODD
 from PIL import Image
 from safetensors.torch import save_file
-from test_odd_input import ODD
 from torch import Tensor
 
 from blip_core import CheckpointError, OpenCLIPScorer

@@ -11,20 +11,29 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from cycle import FinishedCycle, copied, file_hashes
+from cycle import FinishedCycle, bootstrap, copied, file_hashes
 
-from blip_core import MEDCaptioner, MEDScorer
+from blip_core import CaptionConfig, Captioner, MEDCaptioner, MEDScorer
 from flows import models
 from flows.errors import Stopped
 from flows.session import Run
-from flows.settings import merge, parse_settings
+from flows.settings import decoding_fields, merge, parse_settings
 from flows.steps import curate
 from flows.steps.curate import Curation
 from flows.steps.curate_shards import Curated, Tally, curate_shards
 from flows.steps.shard_jobs import ShardDone
 from flows.steps.shards import web_parts
 from flows.stopping import Stop
-from storage import CorruptShard, Lake, drop_part, layout, list_parts, part_manifest
+from storage import (
+    CorruptShard,
+    Lake,
+    ModelRef,
+    drop_part,
+    layout,
+    list_parts,
+    part_manifest,
+    rounds,
+)
 
 TABLES = ("tables/captions/round=0001", "tables/scores/round=0001")
 
@@ -114,6 +123,31 @@ def test_one_pass_decodes_an_image_once_and_finds_what_is_committed(
     (mended,) = _curated(run, fused=True)
     assert mended.built == 1
     assert _parquet(cycle.lake) == _parquet(finished.lake)
+
+
+def test_one_pass_gives_each_model_its_own_resolution(
+    cycle: FinishedCycle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = set[int]()
+
+    def larger(run: Run, ref: ModelRef) -> Captioner:
+        settings, loaded = run.settings.caption, models.load_copy(run, ref, image_size_px=48)
+        config = CaptionConfig(seed=run.settings.seed, **decoding_fields(settings))
+        transform = models.eval_transform(run, loaded, quick=True)
+        sizes.add(transform.size)
+        return MEDCaptioner(loaded.model, loaded.tokenizer, config, run.device, transform)  # type: ignore[return-value]
+
+    monkeypatch.setattr(models, "captioner_of", larger)
+    run = _run(cycle)
+    _curated(run)
+    expected = _parquet(cycle.lake)
+    for table in ("captions", "scores"):
+        for part in list_parts(run.lake, table, 1):
+            drop_part(run.lake, part)
+    _curated(run, fused=True)
+    assert _parquet(cycle.lake) == expected
+    scorer = models.scorer_of(run, models.require(run, "filter", 1))
+    assert {*sizes, scorer.transform.size} == {48, 32}  # type: ignore[attr-defined]
 
 
 def test_captions_have_the_same_words_in_batches_of_any_size(
@@ -307,3 +341,26 @@ def test_done_shard_is_told_once_it_can_be_read(cycle: FinishedCycle) -> None:
     tally = Reading(1, _ignore)
     Curation(run, captioner, None, tally).run_shards(web_parts(run))
     assert len(tally.curated.parts) == len(web_parts(run))
+
+
+def test_curate_command_in_one_pass_finds_what_two_passes_made(
+    finished: FinishedCycle, cycle: FinishedCycle, api_url: str
+) -> None:
+    lake = Lake.open(str(cycle.lake))
+    for part in list_parts(lake, "decisions", 1):
+        drop_part(lake, part)
+    command = ["curate", "--config", str(cycle.config), "--set", "curate.fused=true"]
+    done = bootstrap(*command, cwd=cycle.folder, api_url=api_url)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert _parquet(cycle.lake) == _parquet(finished.lake)
+    decisions = "tables/decisions/round=0001"
+    ours, theirs = (file_hashes(each.lake, decisions) for each in (cycle, finished))
+    assert {v for k, v in ours.items() if k.endswith(".parquet")} == {
+        v for k, v in theirs.items() if k.endswith(".parquet")
+    }
+    record = rounds.read_round(lake, 1)
+    assert record is not None
+    assert record.seconds["caption-and-score"] > 0
+    assert record.speed["caption-and-score"]["images_per_s"] > 0
+    assert 0 <= record.speed["caption-and-score"]["share_waited"] <= 1
+    assert record.counts["caption_rows"] == len(_rows(cycle.lake, "captions"))

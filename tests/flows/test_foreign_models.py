@@ -2,9 +2,9 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
+import foreign_models
 import pytest
 from cycle import FinishedCycle, bootstrap, stamps, write_settings
 
@@ -13,11 +13,17 @@ from flows.errors import SettingsError
 from flows.session import Run
 from flows.settings import curate_basis, load_settings, parse_settings
 from flows.steps.caption import caption_basis
+from flows.steps.curate_shards import curate_shards
 from flows.steps.decide import decide_round
-from storage import ConfigError, Lake, list_parts, query, registry
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "blip_core"))
-import foreign_models
+from storage import (
+    ConfigError,
+    Lake,
+    drop_part,
+    list_parts,
+    part_manifest,
+    query,
+    registry,
+)
 
 MADE = ("captions/round=0001", "scores", "decisions", "models", "metrics", "rounds")
 
@@ -95,6 +101,28 @@ def test_curate_captions_and_scores_with_the_models_that_are_named(
     assert stamps(taken_in.lake, "tables") == before, "found, not made again"
 
 
+def test_one_pass_makes_the_rows_of_two(taken_in: FinishedCycle, folders: dict[str, Path]) -> None:
+    run = _changed(
+        taken_in,
+        caption={"captioner": f"hf:{folders['vit_gpt2']}", "num_captions": 2},
+        score={"scorer": f"clip:{folders['clip']}"},
+        decide={"policy": "itc"},
+    )
+    writer, judge = models.captioner_ref(run), models.scorer_ref(run)
+    found = []
+    for passes in ([(writer, None), (None, judge)], [(writer, judge)]):
+        for refs in passes:
+            curate_shards(run, *refs, lambda *told: None)
+        parts = [
+            part for table in ("captions", "scores") for part in list_parts(run.lake, table, 1)
+        ]
+        found.append([part_manifest(run.lake, part).sha256 for part in parts])
+        for part in parts:
+            drop_part(run.lake, part)
+    assert found[0] == found[1]
+    assert len(found[0]) == 6
+
+
 def test_decide_refuses_the_policy_before_it_writes_whatever_the_settings_say(
     taken_in: FinishedCycle, folders: dict[str, Path], curated: None
 ) -> None:
@@ -109,8 +137,6 @@ def test_decide_refuses_the_policy_before_it_writes_whatever_the_settings_say(
 @pytest.fixture
 def curated(taken_in: FinishedCycle, folders: dict[str, Path]) -> None:
     """Captions and scores of foreign models, made by the stages' own step."""
-    from flows.steps.curate_shards import curate_shards
-
     run = _changed(
         taken_in,
         caption={"captioner": f"hf:{folders['vit_gpt2']}"},
@@ -154,14 +180,17 @@ def test_settings_that_name_no_foreign_model_keep_their_basis() -> None:
         ("caption.captioner", "hf:", "caption.captioner"),
         ("score.scorer", "hf:some/model", "score.scorer"),
         ("score.scorer", "clip:some/model", "policy blip decides by itm_prob"),
+        ("decide.policy", "nobodys", "policy 'nobodys' is unknown; there are blip, itc"),
     ],
 )
 def test_reference_of_the_wrong_kind_is_refused_with_the_field(
     field: str, value: str, said: str
 ) -> None:
     section, name = field.split(".")
+    scorer = {"score": {"scorer": "clip:x"}} if section == "decide" else {}
+    given = {"preset": "quickstart", section: {name: value}} | scorer
     with pytest.raises(SettingsError) as caught:
-        parse_settings({"preset": "quickstart", section: {name: value}})
+        parse_settings(given)
     assert said in str(caught.value)
     assert value in str(caught.value)
 

@@ -175,3 +175,23 @@ def test_fields_younger_than_the_first_lakes_are_in_no_basis_at_their_defaults()
 def test_batches_that_processes_cannot_share_equally_are_refused() -> None:
     with pytest.raises(SettingsError, match=r"batch_size 64 .*train_processes 3"):
         load_settings("quickstart", ["machine.train_processes=3"])
+
+
+def test_how_curation_runs_is_no_part_of_what_a_round_was_begun_with() -> None:
+    plain = parse_settings({"preset": None})
+    changes = {
+        "machine": {"curate_processes": 4, "decode_in": "processes", "stop_grace_s": 0.0},
+        "curate": {"fused": True},
+        "caption": {"batch_size": "auto"},
+        "score": {"batch_size": 7},
+    }
+    changed = parse_settings({"preset": None, **changes})
+    assert changed.curate.fused
+    assert changed.as_basis() == plain.as_basis()
+    assert "curate" not in plain.as_basis(), "lakes of before know no such section"
+
+
+@pytest.mark.parametrize("size", [0, -3, "fast", 1.5])
+def test_batch_size_is_a_number_of_images_or_auto(size: object) -> None:
+    with pytest.raises(SettingsError, match=r"caption\.batch_size"):
+        parse_settings({"preset": None, "caption": {"batch_size": size}})

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import blip_core  # noqa: F401 - first: with it, what transformers imports loads beside a CPU build of torch
+
+# isort: split
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn

@@ -1,27 +1,16 @@
-"""Texts and pictures that no training set should hold: a number or a reason each, and no neighbour harmed."""
+"""Odd texts and pictures without numbers, to a scorer and a captioner of ours: no neighbour is harmed."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from odd_texts import ODD
 from torch import Tensor
 
 from blip_core import MED, MEDCaptioner, MEDScorer, MEDTokenizer
 from blip_core.generation import CaptionConfig
 
-ODD = {
-    "empty": "",
-    "blank": " \t\n\u00a0 ",
-    "long": "a red circle " * 3334,
-    "one long word": "x" * 50_000,
-    "emoji": "\U0001f389\U0001f40d\U0001f468\u200d\U0001f469\u200d\U0001f467",
-    "control": "\x00\x07a\x1b[31m red\x7f\u200b\ufeff",
-    "right to left": "\u05e2\u05d9\u05d2\u05d5\u05dc \u05d0\u05d3\u05d5\u05dd \u202e red",
-    "unknown": "zxqv jkvwq \u6f22\u5b57",
-    "half a surrogate pair": "a red \ud83c circle",
-    "special tokens": "[SEP] [PAD] [DEC] a red circle [ENC]",
-}
 NEIGHBOURS = ["a red circle", "a blue ring on the left"]
 
 
