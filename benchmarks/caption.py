@@ -17,6 +17,7 @@ from side_by_side import (
     DTYPES,
     Call,
     Table,
+    is_judged,
     measured_config,
     parser,
     peak_flops,
@@ -198,7 +199,7 @@ def main() -> None:
                         continue
                     target = target_here(TARGETS[name], options.device)
                     title = f"caption/{name}/{dtype}/{count} threads"
-                    has_target = options.preset == "base" and not options.quick
+                    has_target = is_judged(options)
                     seconds = table.add(title, calls, rounds, target if has_target else None)
                     if name == "vision":
                         print_roofline(sides.ours.config, dtype, options, seconds)
@@ -218,7 +219,7 @@ def print_roofline(
     shares = {name: flops / each[clock] / peak for name, each in seconds.items()}
     print(
         f"vision: {flops / options.batch_size / 1e9:.0f} GFLOP an image; a large product reaches "
-        f"{peak / 1e9:.0f} GFLOP/s per core; ours {shares['ours']:.0%} of that, theirs "
+        f"{peak / 1e9:.0f} GFLOP/s{'' if options.device == 'cuda' else ' per core'}; ours {shares['ours']:.0%} of that, theirs "
         f"{shares['theirs']:.0%}: at most {1 / shares['theirs']:.2f} x is possible"
     )
 

@@ -19,6 +19,7 @@ from side_by_side import (
     DTYPES,
     Call,
     Table,
+    is_judged,
     measured_config,
     parser,
     print_machine,
@@ -142,7 +143,7 @@ def main() -> None:
                 for count in counts:
                     torch.set_num_threads(count)
                     title = f"score/{num_texts} texts/{dtype}/{count} threads"
-                    has_target = options.preset == "base" and not options.quick
+                    has_target = is_judged(options)
                     wanted = target_here(target, options.device) if has_target else None
                     pairs: dict[str, Call] = {"ours": sides.score, "theirs": sides.pair_by_pair}
                     table.add(title, pairs, rounds, wanted)

@@ -143,6 +143,11 @@ def measured_config(options: argparse.Namespace) -> MEDConfig:
     return replace(config, vision=replace(config.vision, image_size_px=options.image_size))
 
 
+def is_judged(options: argparse.Namespace) -> bool:
+    """Whether targets are meant for what is measured: the whole base preset at 384 px."""
+    return options.preset == "base" and options.image_size == 384 and not options.quick
+
+
 def thread_counts(options: argparse.Namespace) -> list[int]:
     """Return the numbers of threads to measure with."""
     if options.threads:
