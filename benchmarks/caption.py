@@ -9,7 +9,7 @@ anything is timed, both must write the same tokens greedily and by beams, in flo
 
 import argparse
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from side_by_side import (
     DTYPES,
     Call,
     Table,
+    measured_config,
     parser,
     peak_flops,
     print_machine,
@@ -183,11 +184,10 @@ def main() -> None:
     counts = thread_counts(options)
     torch.manual_seed(0)
     print_machine(options.device)
-    config = MEDConfig.preset(options.preset)
-    vision = replace(config.vision, image_size_px=options.image_size)
+    config = measured_config(options)
     table = Table(options.device)
     with tempfile.TemporaryDirectory() as folder:
-        build_model(replace(config, vision=vision), seed=0).save_pretrained(folder, "hf-captioning")
+        build_model(config, seed=0).save_pretrained(folder, "hf-captioning")
         check_equal(Sides.load(Path(folder), "float32", options))
         for dtype in options.dtype:
             sides = Sides.load(Path(folder), dtype, options)

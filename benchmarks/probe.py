@@ -26,18 +26,20 @@ def image_features(tokens: np.ndarray) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def text_features(model: MED, tokenizer: MEDTokenizer, texts: Sequence[str]) -> Tensor:
     """Return (T, D), L2-normalised means over a text's tokens, as MiniLM's sentence vectors are made."""
-    rows = []
+    cleaned = [clean_caption(text) for text in texts]
+    order = sorted(range(len(cleaned)), key=lambda place: len(cleaned[place]))  # little padding
+    features = torch.zeros(len(cleaned), model.config.text.width)
     model.eval()
-    for start in range(0, len(texts), _TEXT_BATCH):
-        cleaned = [clean_caption(text) for text in texts[start : start + _TEXT_BATCH]]
-        batch = tokenizer.encode(cleaned, 64)
+    for start in range(0, len(order), _TEXT_BATCH):
+        places = order[start : start + _TEXT_BATCH]
+        batch = tokenizer.encode([cleaned[place] for place in places], 64)
         hidden = model.text(batch.input_ids, batch.attention_mask, mode="text")
         mask = batch.attention_mask[:, :, None]
-        rows.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
-    return torch.nn.functional.normalize(torch.cat(rows), dim=-1).clone()
+        features[places] = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+    return torch.nn.functional.normalize(features, dim=-1)
 
 
 class Ridge:

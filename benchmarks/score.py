@@ -10,7 +10,7 @@ well. Before anything is timed, both must give the same probabilities, in float3
 
 import argparse
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from side_by_side import (
     DTYPES,
     Call,
     Table,
+    measured_config,
     parser,
     print_machine,
     target_here,
@@ -26,7 +27,7 @@ from side_by_side import (
 )
 from torch import Tensor
 
-from blip_core import MED, MEDConfig, MEDScorer, MEDTokenizer, build_model
+from blip_core import MED, MEDScorer, MEDTokenizer, build_model
 
 # isort: split
 # After blip_core, which lets transformers import beside a CPU build of torch.
@@ -129,12 +130,11 @@ def main() -> None:
     counts = thread_counts(options)
     torch.manual_seed(0)
     print_machine(options.device)
-    config = MEDConfig.preset(options.preset)
-    vision = replace(config.vision, image_size_px=options.image_size)
+    config = measured_config(options)
     table = Table(options.device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        build_model(replace(config, vision=vision), seed=0).save_pretrained(folder, "hf-retrieval")
+        build_model(config, seed=0).save_pretrained(folder, "hf-retrieval")
         check_equal(Sides.load(folder, "float32", 2, options))
         for dtype in options.dtype:
             for num_texts, target in TARGETS.items():

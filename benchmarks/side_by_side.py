@@ -6,10 +6,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from blip_core import MEDConfig
 
 Call = Callable[[], Any]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -132,6 +135,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--preset", default="base", help="anything but base has no targets")
     made.add_argument("--image-size", type=int, default=384, help="pixels")
     return made
+
+
+def measured_config(options: argparse.Namespace) -> MEDConfig:
+    """Return the preset at the image size asked for, with BERT's vocabulary."""
+    config = MEDConfig.preset(options.preset, vocab_size=30524)
+    return replace(config, vision=replace(config.vision, image_size_px=options.image_size))
 
 
 def thread_counts(options: argparse.Namespace) -> list[int]:

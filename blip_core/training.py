@@ -175,7 +175,16 @@ class _Run:
                 step,
                 self.world.size,
             )
-        self.state.world_size = self.world.size
+        was, now = self.state.is_sharded, is_sharded(self.config, self.world)
+        if step and old_size == self.world.size and was != now and self.world.is_first:
+            logger.warning(
+                "this run's weights were %s until step %d and are %s from now on: sums are taken in another "
+                "order, so bits may differ from an unchanged run",
+                "split" if was else "whole on every rank",
+                step,
+                "split" if now else "whole on every rank",
+            )
+        self.state.world_size, self.state.is_sharded = self.world.size, now
         return step
 
     def load(self) -> TrainingState:

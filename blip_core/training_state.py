@@ -41,6 +41,7 @@ class TrainingState:
     num_batches: int = 0
     """Batches read so far: where the order of the data goes on."""
     world_size: int = 1
+    is_sharded: bool = False
     num_skipped: int = 0
     num_skipped_in_a_row: int = 0
     window: dict[str, float] = field(default_factory=dict)

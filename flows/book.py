@@ -16,10 +16,11 @@ from storage import rounds
 
 
 class StageBook:
-    """Collects the counts of a stage while it runs."""
+    """Collects counts and speed of a stage while it runs."""
 
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
+        self.speed: dict[str, float] = {}
 
     def count(self, name: str, value: int) -> None:
         """Note a count under `name`."""
@@ -49,6 +50,7 @@ def timed(run: Run, stage: str) -> Iterator[StageBook]:
             seconds=seconds,
             device_seconds=device_seconds,
             counts={**record.counts, **book.counts},
+            speed={**record.speed, **({stage: book.speed} if book.speed else {})},
         ),
     )
 

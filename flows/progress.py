@@ -54,7 +54,7 @@ class StageProgress:
         done, total, note = self._seen
         if error is None:
             self._show(total, total, note)
-            self._publish(100.0)
+            self._publish(100.0, note)
         else:
             logger.warning("%s stopped at %d of %d: %s", self._stage, done, total, error)
 
@@ -66,13 +66,13 @@ class StageProgress:
             return
         self._last = now
         self._show(done, total, note)
-        self._publish(100.0 * done / total if total else 0.0)
+        self._publish(100.0 * done / total if total else 0.0, note)
 
     def _show(self, done: int, total: int, note: str) -> None:
         for sink in _sinks:
             sink(self._stage, done, total, note)
 
-    def _publish(self, percent: float) -> None:
+    def _publish(self, percent: float, note: str = "") -> None:
         if FlowRunContext.get() is None and TaskRunContext.get() is None:
             return
         if self._artifact is None:
@@ -80,4 +80,5 @@ class StageProgress:
                 progress=percent, key=self._key, description=self._description
             )
         else:
-            update_progress_artifact(self._artifact, progress=percent)
+            description = f"{self._description}: {note}" if note else self._description
+            update_progress_artifact(self._artifact, progress=percent, description=description)

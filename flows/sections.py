@@ -200,8 +200,8 @@ class ModelSettings(Section):
 class CaptionSettings(Section):
     """How the captioner writes (paper, section 3.3: nucleus sampling, p = 0.9)."""
 
-    decoding: Literal["nucleus", "greedy", "beam"] = "nucleus"
-    """Decoding method."""
+    decoding: Literal["nucleus", "greedy", "beam", "official"] = "nucleus"
+    """Decoding method; official samples as BLIP's released code does, which counts the prompt in min and max_new_tokens."""
     top_p: float = Field(default=0.9, gt=0, le=1)
     """Nucleus mass."""
     top_k: int = Field(default=0, ge=0)
@@ -212,6 +212,8 @@ class CaptionSettings(Section):
     """Divides the logits of tokens already written; 1 leaves them (the released code used 1.1)."""
     num_beams: int = Field(default=3, ge=1)
     """Beams, when decoding is beam."""
+    length_penalty: float = 1.0
+    """Exponent of the length that a beam's log-probability is divided by; more favours long captions."""
     min_new_tokens: int = Field(default=1, ge=0)
     """Fewest tokens of a caption."""
     max_new_tokens: int = Field(default=20, ge=1)

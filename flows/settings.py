@@ -48,8 +48,9 @@ INGEST_NOT_IN_FINGERPRINTS = (
     "slice_rows",
 )
 CURATE_NOT_IN_FINGERPRINTS = ("batch_size",)
-CURATE_ADDED_LATER = ("captioner", "captioner_image_size_px", "scorer", "dtype")
-"""As TRAIN_ADDED_LATER; of `caption` they are no settings of decoding either."""
+CURATE_ADDED_LATER = ("captioner", "captioner_image_size_px", "scorer", "dtype", "length_penalty")
+"""As TRAIN_ADDED_LATER."""
+CAPTION_NOT_DECODING = ("batch_size", "captioner", "captioner_image_size_px", "dtype")
 EVALUATE_NOT_IN_FINGERPRINTS = ("batch_size", "finetuned")
 """`finetuned` adds models that are measured; the figures of each are the same."""
 TRAIN_NOT_IN_FINGERPRINTS = (
@@ -79,6 +80,7 @@ TRAIN_ADDED_LATER = (
     "dev_share",
     "evaluate_every_steps",
     "patience",
+    "best_metric",
 )
 """Fields younger than the first lakes: at its default each does what was done before it, and is
 left out of fingerprints, so that those lakes stay valid."""
@@ -211,7 +213,7 @@ def curate_basis(settings: CaptionSettings | ScoreSettings) -> dict[str, Any]:
 
 def decoding_fields(settings: CaptionSettings) -> dict[str, Any]:
     """The settings of captioning that are a `CaptionConfig`'s."""
-    return settings.model_dump(exclude={*CURATE_NOT_IN_FINGERPRINTS, *CURATE_ADDED_LATER})
+    return settings.model_dump(exclude=set(CAPTION_NOT_DECODING))
 
 
 def model_basis(settings: ModelSettings) -> dict[str, Any]:

@@ -192,6 +192,7 @@ def _shards(
     """One task over every web part of `pairs`: shards overlap, so that the device waits for none."""
     with timed(run, stage) as book, StageProgress(stage, "Web rows", run.round) as progress:
         curated = tasks.curate_shards_task(run, captioner, scorer, progress)
+        book.speed.update(curated.speed)
         for table in ("captions", "scores"):
             parts = [part for part in curated.parts if part.table == table]
             if parts:

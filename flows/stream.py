@@ -13,6 +13,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from flows.decoders import CHUNK_IMAGES, Decoded, Decoders
+from flows.patience import patiently
 from storage import CorruptShard, Lake
 from storage.spans import Wanted, read_images
 
@@ -226,7 +227,7 @@ def _read(lake: Lake, rows: Sequence[ImageRow]) -> _Block:
     images: list[bytes | CorruptShard] = []
     for shard, group in groupby(rows, key=lambda row: row.shard):
         wanted = [Wanted(image_id=row.image_id, offset=row.offset, size=row.size) for row in group]
-        images += read_images(lake, shard, wanted)
+        images += patiently(read_images, lake, shard, wanted)
     return _Block(images, time.perf_counter() - began)
 
 

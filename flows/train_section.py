@@ -87,9 +87,11 @@ class TrainSettings(Section):
     checkpoint_blocks: int = Field(default=0, ge=0)
     """Last vision blocks that are computed again in backward, to save memory."""
     dev_share: float = Field(default=0.0, ge=0, le=0.5)
-    """Share of the human images held back to evaluate on; the model with the least loss there is kept."""
+    """Share of the human images held back to evaluate on; the best model there is kept."""
     evaluate_every_steps: int | None = Field(default=None, ge=1)
     """Steps between two evaluations on the pairs held back."""
+    best_metric: Literal["dev_loss", "dev_loss_itc", "dev_loss_itm", "dev_loss_lm"] = "dev_loss"
+    """Of these the least decides: the sum of what is trained, or one of its parts."""
     patience: int | None = Field(default=None, ge=1)
     """Evaluations in a row without a better one after which training stops; never when null."""
     checkpoint_every_steps: int = Field(default=1000, ge=1)

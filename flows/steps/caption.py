@@ -109,7 +109,7 @@ class CaptionRows:
             "source": "synthetic",
             "caption": text,
             "model_id": self._captioner.model_id,
-            "top_p": settings.top_p if settings.decoding == "nucleus" else None,
+            "top_p": settings.top_p if settings.decoding in ("nucleus", "official") else None,
             "seed": self._run.settings.seed,
             "index": index,
             "status": "ok",

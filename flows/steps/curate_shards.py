@@ -31,6 +31,20 @@ class Curated:
     """Rows that were written, by status."""
     timings: Seconds = field(default_factory=new_seconds)
     """Seconds by step, summed over threads and processes."""
+    num_images: int = 0
+    """Images that were decoded."""
+    seconds: float = 0.0
+
+    @property
+    def speed(self) -> dict[str, float]:
+        """Images a second, and the share of the time that the models waited for images; empty when nothing was made."""
+        if not self.num_images or not self.seconds:
+            return {}
+        worked = sum(self.timings[step] for step in ("wait", "encode", "generate", "score"))
+        return {
+            "images_per_s": round(self.num_images / self.seconds, 3),
+            "share_waited": round(self.timings["wait"] / max(worked, 1e-9), 4),
+        }
 
 
 class Tally:
@@ -43,7 +57,6 @@ class Tally:
         self._images: dict[str, int] = {}
         """Images taken of shards that are under way."""
         self._num_images, self._began = 0, time.monotonic()
-        self._new_rows = 0
 
     def images(self, pairs: PartRef, count: int) -> None:
         """Some images of a shard have been taken."""
@@ -55,7 +68,7 @@ class Tally:
         """A shard is committed, or was found so."""
         self._images.pop(done.pairs.name, None)
         self._done_rows += done.pairs.num_rows
-        self._new_rows += done.pairs.num_rows if done.built else 0
+        self.curated.num_images += done.num_images
         self.curated.parts += done.parts
         self.curated.built += done.built
         self.curated.outcomes.update(done.outcomes)
@@ -99,7 +112,8 @@ def curate_shards(
             Curators(run, captioner, scorer, tally, stop).run_shards(shards)
         else:
             Curation(run, captioner, scorer, tally, stop).run_shards(shards, expected=len(shards))
-    _log_times(tally.curated, time.monotonic() - began)
+    tally.curated.seconds = time.monotonic() - began
+    _log_speed(tally.curated)
     return tally.curated
 
 
@@ -135,12 +149,16 @@ def _one_shard(
     return tally.curated.parts[0], tally.curated.built > 0
 
 
-def _log_times(curated: Curated, seconds: float) -> None:
-    if not curated.timings:
+def _log_speed(curated: Curated) -> None:
+    if not curated.speed:
         return
-    share = 100.0 * curated.timings["wait"] / seconds
     steps = ", ".join(f"{step} {took:.1f} s" for step, took in sorted(curated.timings.items()))
-    logger.info("models waited for images %.1f %% of %.1f s; by step: %s", share, seconds, steps)
+    logger.info(
+        "%.4g images/s; models waited for images %.1f %% of their time; by step: %s",
+        curated.speed["images_per_s"],
+        100.0 * curated.speed["share_waited"],
+        steps,
+    )
 
 
 def _duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 from blip_core import TrainConfig
 from blip_core.dev_losses import DEV_LOSS
 from blip_core.sharding import Sharding
+from flows.errors import SettingsError
 from flows.train_section import TrainSettings
 from storage import ModelRef
 
@@ -79,5 +80,11 @@ def train_config(
         rows_a_step = settings.batch_size * settings.accumulate_steps
         fields["steps_per_epoch"] = max(1, round(rows_per_epoch / rows_a_step))
     if settings.dev_share:
-        fields["best_metric"] = DEV_LOSS
+        known = [DEV_LOSS, *(f"{DEV_LOSS}_{objective}" for objective in plan.objectives)]
+        if settings.best_metric not in known:
+            raise SettingsError(
+                f"{plan.name}.best_metric is {settings.best_metric}, but this training has {', '.join(known)}"
+            )
+    else:
+        fields["best_metric"] = None
     return TrainConfig(objectives=plan.objectives, seed=seed, sharding=sharding, **fields)

@@ -86,7 +86,8 @@ def train_model(
     )
     if curve is not None and (made := _model_of(run.lake, curve)) is not None:
         return made, False
-    _order(run, plan, open_trainset(run.lake, rows))  # refuses what does not fit before any compute
+    # refuse what does not fit before any compute
+    train_config(plan, run.settings.seed, len(_order(run, plan, open_trainset(run.lake, rows))))
     clock = Clock()
     folder = run.lake.scratch("train", f"{plan.name}-{fingerprint_of(basis)[:16]}")
     if run.settings.machine.train_processes > 1:

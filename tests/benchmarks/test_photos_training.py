@@ -156,6 +156,29 @@ def test_photos_training_never_reads_the_test_split_when_it_ends_with_dev(
     assert list(result["phases"]) == ["align"]
 
 
+@torch.no_grad()
+def test_quiet_start_reads_a_text_with_an_image_nearly_as_the_text_alone(
+    modules: dict[str, ModuleType], config: MEDConfig, tokenizer: MEDTokenizer
+) -> None:
+    model = build_model(config, seed=0).eval()
+    for layer in model.text.stack():  # norms as a trained BERT has them
+        layer.encoder_attention.norm.weight.fill_(0.6)
+        layer.encoder_attention.norm.bias.fill_(0.1)
+    tokens = tokenizer.encode(["a red dog", "a boat on the hill"], 24)
+    image_kv = model.project_image(2.0 * torch.randn(2, 5, 32))
+
+    def likeness() -> torch.Tensor:
+        ids, mask = tokens.input_ids, tokens.attention_mask
+        alone = model.text(ids, mask, mode="text")[:, 0]
+        ids = tokenizer.encoder_ids(ids)
+        fused = model.text(ids, mask, mode="fused", image_kv=image_kv)[:, 0]
+        return torch.nn.functional.cosine_similarity(alone, fused)
+
+    before = likeness()
+    modules["photos_training"].quiet_start(model, tokenizer)
+    assert likeness().min() > 0.95 > before.max()
+
+
 def test_pair_feed_takes_every_image_once_an_epoch_and_every_caption_in_turn(
     modules: dict[str, ModuleType], tokenizer: MEDTokenizer
 ) -> None:

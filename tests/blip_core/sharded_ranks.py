@@ -3,6 +3,7 @@
 usage: sharded_ranks.py FOLDER. Leaves gradients, weights and checkpoints below FOLDER.
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -36,7 +37,11 @@ def main(folder: Path) -> None:
         ranks.killed_and_resumed(folder / "shared")
         resumed = ranks.start(dropout=0.1)
         config = ranks.run_config(negatives_from="rank", **FULL)
-        result = train(resumed, words, ranks.batch, config, folder / "shared" / "left")
+        with (folder / f"warned-{world.rank}.txt").open("w") as stream:
+            handler = logging.StreamHandler(stream)
+            logging.getLogger("blip_core").addHandler(handler)
+            result = train(resumed, words, ranks.batch, config, folder / "shared" / "left")
+            logging.getLogger("blip_core").removeHandler(handler)
         assert result.resumed_from == 2
         torch.save(resumed.state_dict(), folder / f"from-shared-{world.rank}.pt")
 

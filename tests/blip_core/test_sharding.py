@@ -124,6 +124,9 @@ def test_sharded_run_goes_on_in_one_process(folder: Path, caplog: pytest.LogCapt
 
 def test_run_of_whole_ranks_goes_on_sharded(folder: Path) -> None:
     found = torch.load(folder / "from-shared-0.pt", weights_only=True)
+    said = "weights were whole on every rank until step 2 and are split from now on"
+    assert said in (folder / "warned-0.txt").read_text()
+    assert said not in (folder / "warned-1.txt").read_text()
     name = Path("whole") / "step-000004" / "model.safetensors"
     _assert_close(found, load_file(str(folder / "shared" / name)))
 

@@ -361,4 +361,6 @@ def test_curate_command_in_one_pass_finds_what_two_passes_made(
     record = rounds.read_round(lake, 1)
     assert record is not None
     assert record.seconds["caption-and-score"] > 0
+    assert record.speed["caption-and-score"]["images_per_s"] > 0
+    assert 0 <= record.speed["caption-and-score"]["share_waited"] <= 1
     assert record.counts["caption_rows"] == len(_rows(cycle.lake, "captions"))

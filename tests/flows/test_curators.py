@@ -110,8 +110,15 @@ def _processes(parent: int | None = None) -> list[psutil.Process]:
 def test_two_processes_make_the_bytes_of_one_and_each_shard_once(
     finished: FinishedCycle, cycle: FinishedCycle
 ) -> None:
-    run, tally = _run(cycle), Watching()
+    run, tally = _run(cycle, num_threads=2, decode_workers=4), Watching()
+    threads: set[str] = set()
+
+    def look(name: str) -> None:
+        threads.update(process.environ()["OMP_NUM_THREADS"] for process in _processes())
+
+    tally.on_images = look
     _curators(run, tally, fused=True).run_shards(web_parts(run))
+    assert threads == {"1"}, "each has its share"
     assert sorted(tally.done) == [part.name for part in web_parts(run)]
     assert tally.curated.built == 2 * len(tally.done)
     assert _parquet(cycle.lake, *TABLES) == _parquet(finished.lake, *TABLES)

@@ -15,7 +15,7 @@ from flows.dev import DevSet, build_sets
 from flows.errors import SettingsError
 from flows.session import Run
 from flows.settings import parse_settings, train_basis
-from flows.steps.plan import TrainPlan
+from flows.steps.plan import TrainPlan, train_config
 from flows.steps.plans import HUMAN_SQL
 from flows.steps.train import train_model
 from flows.train_section import TrainSettings
@@ -191,6 +191,18 @@ def test_share_that_holds_nothing_back_is_refused(run: Run) -> None:
     plan = _plan(run, settings={"dev_share": 1e-6})
     with pytest.raises(SettingsError, match=r"pretrain.dev_share 1e-06 holds back no human image"):
         train_model(run, plan, lambda *_: None)
+
+
+def test_one_part_of_the_loss_may_decide_if_it_is_trained(run: Run) -> None:
+    plan = _plan(run, objectives=("itc", "itm"), settings={"best_metric": "dev_loss_itm"})
+    assert train_config(plan, 0, 100).best_metric == "dev_loss_itm"
+    none = {"dev_share": 0.0, "evaluate_every_steps": None, "patience": None}
+    assert train_config(_plan(run, settings=none), 0, 100).best_metric is None
+    plan = _plan(run, settings={"best_metric": "dev_loss_itm"})
+    said = "pretrain.best_metric is dev_loss_itm, but this training has dev_loss, dev_loss_lm"
+    with pytest.raises(SettingsError, match=said):
+        train_model(run, plan, lambda *_: None)
+    assert not list(run.lake.scratch("train").iterdir())
 
 
 @pytest.mark.parametrize(
