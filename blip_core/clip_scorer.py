@@ -33,8 +33,6 @@ MAX_CACHED_TEXTS = 65_536
 """Texts whose features are kept: 200 MB at a width of 768, whatever the number of shards."""
 TEXTS_AT_ONCE = 256
 DUAL_ENCODERS = (
-    "align",
-    "altclip",
     "chinese_clip",
     "clip",
     "metaclip_2",

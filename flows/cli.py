@@ -129,8 +129,8 @@ def _settings_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--on-stale", choices=("error", "rebuild"), help="what to do with outdated parts"
     )
-    sub.add_argument("--captioner", metavar="hf:PATH", help="a captioner of transformers")
-    sub.add_argument("--scorer", metavar="clip:PATH", help="a CLIP or SigLIP (or open_clip:PATH)")
+    sub.add_argument("--captioner", metavar="hf:PATH", help="a captioner trained elsewhere")
+    sub.add_argument("--scorer", metavar="clip:PATH", help="a scorer trained elsewhere")
 
 
 def _config_options(sub: argparse.ArgumentParser) -> None:
