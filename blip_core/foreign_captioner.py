@@ -42,7 +42,7 @@ class ForeignCaptioner:
     """Captions from the `generate` of transformers, drawn per (seed, image_id, index).
 
     What a `CaptionConfig` does not name (forbidden n-grams, forced first tokens) stays as the model's own
-    generation_config.json has it.
+    generation_config.json has it. The repetition penalty is transformers': it falls on the prompt's tokens too.
     """
 
     def __init__(
@@ -92,10 +92,13 @@ class ForeignCaptioner:
             len(pixel_values) == len(image_ids),
             f"there are {len(pixel_values)} images, but {len(image_ids)} image_ids",
         )
+        if not image_ids:
+            return []
         inputs = self.inputs.batch(pixel_values, self.dtype, self.device)
-        found = self._searched(inputs) if self.config.decoding == "beam" else None
-        if found is None:
-            found = self._chosen(inputs, image_ids)
+        is_search = (
+            self.config.decoding == "beam" and self.config.num_beams > 1
+        )  # one beam is greedy
+        found = self._searched(inputs) if is_search else self._chosen(inputs, image_ids)
         step = self.config.num_captions
         return [found[start : start + step] for start in range(0, len(found), step)]
 

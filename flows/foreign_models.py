@@ -55,7 +55,7 @@ def registered(run: Run, role: Role, reference: str) -> ModelRef:
         config["model_type"] = read_config(where)["model_type"]
     return registry.register_foreign(
         run.lake,
-        foreign_model_id(where),
+        foreign_model_id(where, of_open_clip=kind == "open_clip"),
         role=role,
         round=run.round,
         reference=reference,
