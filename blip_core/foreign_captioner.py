@@ -93,9 +93,8 @@ class ForeignCaptioner:
             f"there are {len(pixel_values)} images, but {len(image_ids)} image_ids",
         )
         inputs = self.inputs.batch(pixel_values, self.dtype, self.device)
-        found = self._searched(inputs) if self.config.decoding == "beam" else None
-        if found is None:
-            found = self._chosen(inputs, image_ids)
+        is_beam = self.config.decoding == "beam"
+        found = self._searched(inputs) if is_beam else self._chosen(inputs, image_ids)
         step = self.config.num_captions
         return [found[start : start + step] for start in range(0, len(found), step)]
 
@@ -110,13 +109,12 @@ class ForeignCaptioner:
             every = [draw_key(config.seed, name, index) for name in image_ids for index in indices]
             keys = np.array(every, dtype=np.uint64)
         draw = SeededDraw(config, keys, self.eos_ids)
-        options = {"num_beams": 1, "num_return_sequences": config.num_captions}
-        # several captions of an image are allowed to a sampler alone; it then draws among one token
-        several: dict[str, Any] = {"do_sample": config.num_captions > 1}
-        if config.num_captions > 1:
-            several |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+        if config.num_captions > 1:  # allowed to a sampler alone, which then draws among one token
+            options |= {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+            options["num_return_sequences"] = config.num_captions
         with _generators_kept(self.device):
-            self._generate(inputs, draw, **options, **several)
+            self._generate(inputs, draw, **options)
         return [self._drawn(*row) for row in zip(*draw.rows(), strict=True)]
 
     def _searched(self, inputs: dict[str, Tensor]) -> list[GeneratedCaption]:
