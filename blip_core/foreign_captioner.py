@@ -113,13 +113,12 @@ class ForeignCaptioner:
             every = [draw_key(config.seed, name, index) for name in image_ids for index in indices]
             keys = np.array(every, dtype=np.uint64)
         draw = SeededDraw(config, keys, self.eos_ids)
-        options = {"num_beams": 1, "num_return_sequences": config.num_captions}
-        # several captions of an image are allowed to a sampler alone; it then draws among one token
-        several: dict[str, Any] = {"do_sample": config.num_captions > 1}
-        if config.num_captions > 1:
-            several |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+        if config.num_captions > 1:  # allowed to a sampler alone, which then draws among one token
+            options |= {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+            options["num_return_sequences"] = config.num_captions
         with _generators_kept(self.device):
-            self._generate(inputs, draw, **options, **several)
+            self._generate(inputs, draw, **options)
         return [self._drawn(*row) for row in zip(*draw.rows(), strict=True)]
 
     def _searched(self, inputs: dict[str, Tensor]) -> list[GeneratedCaption]:
