@@ -85,6 +85,10 @@ class DualEncoderScorer(ABC):
             scores.append([PairScore(None, cosine) for cosine in cosines])
         return scores
 
+    def forget_texts(self) -> None:
+        """Forget the features of texts: their last digits may depend on what they were first computed beside."""
+        self._cache.clear()
+
     def _features_of(self, texts: set[str]) -> dict[str, Tensor]:
         """Normalised float64 features of distinct texts, from the cache where they are there."""
         keys = {text: hashlib.sha256(text.encode()).digest() for text in texts}

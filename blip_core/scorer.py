@@ -89,6 +89,10 @@ class MEDScorer:
         found = dict(zip(pairs, self._score_pairs(pixel_values, pairs), strict=True))
         return [[found[row, text] for text in of_image] for row, of_image in enumerate(cleaned)]
 
+    def forget_texts(self) -> None:
+        """Forget the features of texts: their last digits depend on what they were first computed beside."""
+        self._features.clear()
+
     def _score_pairs(self, pixel_values: Tensor, pairs: list[tuple[int, str]]) -> list[PairScore]:
         """Score N different pairs of an image and a text."""
         model = self.model

@@ -143,7 +143,7 @@ class Curation:
         job = piece.job
         if piece.pictures:
             if not job.num_taken:
-                job.begin()
+                self._begin(job)
             shared = job.timings[job.rows[0].table]
             shared["wait"] += piece.waited_s
             shared["read"] += piece.read_s
@@ -157,6 +157,18 @@ class Curation:
             self._caption(job)
             self._score(job)
             self._finish(job)
+
+    def _begin(self, job: ShardJob) -> None:
+        """A shard begins with a scorer that remembers no text of another.
+
+        Features of a text differ in the last digit with the batch that they were computed in; so a resumed run,
+        or another process, would write other bytes.
+        """
+        job.begin()
+        if self._scorer is not None:
+            forget = getattr(self._scorer.model, "forget_texts", None)
+            if forget is not None:
+                forget()
 
     def _take_picture(self, job: ShardJob, picture: Picture) -> None:
         if picture.error is not None:

@@ -130,6 +130,10 @@ def test_text_features_are_computed_once_and_the_cache_is_bounded(
     scorer.score(pixels[:1], [["a", "b", "c"]])
     assert len(scorer.asked) < 7, "what is in use is not computed again"
     assert len(scorer._cache) == 2
+    scorer.asked.clear()
+    scorer.forget_texts()
+    scorer.score(pixels[:1], [["c"]])
+    assert scorer.asked == ["c"]
 
 
 def test_score_of_a_picture_without_numbers_is_not_a_number_and_others_keep_theirs(

@@ -81,6 +81,9 @@ def test_a_text_is_read_once_while_it_is_remembered(
     assert read == [3, 1]
     scorer.score(pixel_values[:1], [texts[:1]])
     assert read == [3, 1, 1]
+    scorer.forget_texts()
+    scorer.score(pixel_values[:1], [texts[:1]])
+    assert read == [3, 1, 1, 1]
 
 
 def test_a_text_that_an_image_has_twice_is_scored_once(

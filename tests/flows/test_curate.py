@@ -196,6 +196,30 @@ def test_progress_tells_rate_time_left_and_outcomes(cycle: FinishedCycle) -> Non
     assert curated.outcomes.total() == len(_rows(cycle.lake, "captions"))
 
 
+def test_scores_of_a_shard_do_not_depend_on_what_was_scored_before_it(
+    cycle: FinishedCycle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text's features differ in the last digit with the batch they were computed in: here, in the second."""
+    original = MEDScorer._text_features
+
+    def coarse(self: Any, texts: list[str]) -> torch.Tensor:
+        new = len([text for text in dict.fromkeys(texts) if text not in self._features])
+        known = set(self._features)
+        found = original(self, texts)
+        for text in set(texts) - known:
+            self._features[text] += 0.001 * new
+        return torch.stack([self._features[text] for text in texts]) if new else found
+
+    monkeypatch.setattr(MEDScorer, "_text_features", coarse)
+    run = _run(cycle)
+    _curated(run)
+    whole = _parquet(cycle.lake)
+    for part in list_parts(run.lake, "scores", 1)[1:]:
+        drop_part(run.lake, part)
+    _curated(run)
+    assert _parquet(cycle.lake) == whole
+
+
 @pytest.mark.parametrize("damage", ["member", "cut"])
 def test_damaged_tar_costs_the_images_that_it_lost_and_no_other(
     finished: FinishedCycle, cycle: FinishedCycle, damage: str
