@@ -21,9 +21,8 @@ from side_by_side import (
     measured_config,
     parser,
     peak_flops,
-    print_machine,
+    prepare,
     target_here,
-    thread_counts,
 )
 from torch import Tensor
 
@@ -178,13 +177,8 @@ def main() -> None:
     made = parser(__doc__ or "")
     made.add_argument("--num-new", type=int, help="new tokens; default 16, 6 with --quick")
     made.add_argument("--only", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    options = made.parse_args()
+    options, rounds, counts = prepare(made)
     options.num_new = options.num_new or (6 if options.quick else 16)
-    options.batch_size = options.batch_size or (2 if options.quick else 4)
-    rounds = 1 if options.quick else options.rounds
-    counts = thread_counts(options)
-    torch.manual_seed(0)
-    print_machine(options.device)
     config = measured_config(options)
     table = Table(options.device)
     with tempfile.TemporaryDirectory() as folder:
