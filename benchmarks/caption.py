@@ -17,12 +17,12 @@ from side_by_side import (
     DTYPES,
     Call,
     Table,
+    is_judged,
     measured_config,
     parser,
     peak_flops,
-    print_machine,
+    prepare,
     target_here,
-    thread_counts,
 )
 from torch import Tensor
 
@@ -177,13 +177,8 @@ def main() -> None:
     made = parser(__doc__ or "")
     made.add_argument("--num-new", type=int, help="new tokens; default 16, 6 with --quick")
     made.add_argument("--only", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    options = made.parse_args()
+    options, rounds, counts = prepare(made)
     options.num_new = options.num_new or (6 if options.quick else 16)
-    options.batch_size = options.batch_size or (2 if options.quick else 4)
-    rounds = 1 if options.quick else options.rounds
-    counts = thread_counts(options)
-    torch.manual_seed(0)
-    print_machine(options.device)
     config = measured_config(options)
     table = Table(options.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +193,7 @@ def main() -> None:
                         continue
                     target = target_here(TARGETS[name], options.device)
                     title = f"caption/{name}/{dtype}/{count} threads"
-                    has_target = options.preset == "base" and not options.quick
+                    has_target = is_judged(options)
                     seconds = table.add(title, calls, rounds, target if has_target else None)
                     if name == "vision":
                         print_roofline(sides.ours.config, dtype, options, seconds)
@@ -218,7 +213,7 @@ def print_roofline(
     shares = {name: flops / each[clock] / peak for name, each in seconds.items()}
     print(
         f"vision: {flops / options.batch_size / 1e9:.0f} GFLOP an image; a large product reaches "
-        f"{peak / 1e9:.0f} GFLOP/s per core; ours {shares['ours']:.0%} of that, theirs "
+        f"{peak / 1e9:.0f} GFLOP/s{'' if options.device == 'cuda' else ' per core'}; ours {shares['ours']:.0%} of that, theirs "
         f"{shares['theirs']:.0%}: at most {1 / shares['theirs']:.2f} x is possible"
     )
 

@@ -93,14 +93,14 @@ PHASES: dict[str, dict[str, Any]] = {
     },
     "all": {
         "objectives": ("itc", "itm", "lm"),
-        "steps": 80,
+        "steps": 150,
         "batch_size": 64,
         "learning_rate": 1e-4,
         "fresh_lr_scale": 10.0,
         "warmup_steps": 10,
-        "hard_negatives_ramp_steps": 200,
+        "hard_negatives_ramp_steps": 400,
         "best_metric": "reranked_mean_recall",
-        "evaluate_every_steps": 80,
+        "evaluate_every_steps": 150,
     },
 }
 """Each phase starts from the best model of the one before. Contrasting alone is cheap, so most pairs go
@@ -301,7 +301,8 @@ def fitted_probes(
     def measure(name: str) -> dict[str, list[Metric]]:
         split, found = splits[name], {}
         for title, ridge in ridges.items():
-            pairs = probe.as_pairs(ridge(images[name]), texts[name], split.captions)
+            rows = ridge(images[name]), ridge.centred(texts[name])
+            pairs = probe.as_pairs(*rows, split.captions)
             recalls = evaluate_retrieval(model, tokenizer, pairs)
             found[title] = [*recalls, probe.cosine_auc(pairs)]
         return found

@@ -19,11 +19,11 @@ from side_by_side import (
     DTYPES,
     Call,
     Table,
+    is_judged,
     measured_config,
     parser,
-    print_machine,
+    prepare,
     target_here,
-    thread_counts,
 )
 from torch import Tensor
 
@@ -123,13 +123,7 @@ def check_equal(sides: Sides) -> None:
 @torch.inference_mode()
 def main() -> None:
     """Write the folder, check, measure, print."""
-    made = parser(__doc__ or "")
-    options = made.parse_args()
-    options.batch_size = options.batch_size or (2 if options.quick else 4)
-    rounds = 1 if options.quick else options.rounds
-    counts = thread_counts(options)
-    torch.manual_seed(0)
-    print_machine(options.device)
+    options, rounds, counts = prepare(parser(__doc__ or ""))
     config = measured_config(options)
     table = Table(options.device)
     with tempfile.TemporaryDirectory() as name:
@@ -142,7 +136,7 @@ def main() -> None:
                 for count in counts:
                     torch.set_num_threads(count)
                     title = f"score/{num_texts} texts/{dtype}/{count} threads"
-                    has_target = options.preset == "base" and not options.quick
+                    has_target = is_judged(options)
                     wanted = target_here(target, options.device) if has_target else None
                     pairs: dict[str, Call] = {"ours": sides.score, "theirs": sides.pair_by_pair}
                     table.add(title, pairs, rounds, wanted)

@@ -143,9 +143,17 @@ def measured_config(options: argparse.Namespace) -> MEDConfig:
     return replace(config, vision=replace(config.vision, image_size_px=options.image_size))
 
 
-def thread_counts(options: argparse.Namespace) -> list[int]:
-    """Return the numbers of threads to measure with."""
-    if options.threads:
-        return list(options.threads)
+def is_judged(options: argparse.Namespace) -> bool:
+    """Whether targets are meant for what is measured: the whole base preset at 384 px."""
+    return options.preset == "base" and options.image_size == 384 and not options.quick
+
+
+def prepare(made: argparse.ArgumentParser) -> tuple[argparse.Namespace, int, list[int]]:
+    """Read the command line and say what the machine is; returns options, rounds and numbers of threads."""
+    options = made.parse_args()
+    options.batch_size = options.batch_size or (2 if options.quick else 4)
     everything = torch.get_num_threads()
-    return [everything] if options.device == "cuda" else sorted({1, everything})
+    counts = [everything] if options.device == "cuda" else sorted({1, everything})
+    torch.manual_seed(0)
+    print_machine(options.device)
+    return options, 1 if options.quick else options.rounds, options.threads or counts

@@ -13,6 +13,9 @@ from blip_core.dropout import dropout
 
 _LONG_PRODUCT = 96 * 96
 """Query tokens times key tokens above which the fused kernel wins in float32."""
+_FEW_QUERIES = 16
+"""Up to here plain products take about the same time in float32. They are taken, since with several threads the fused
+kernel's last bits depend on the size of the batch, and a caption must not."""
 
 
 def attend(
@@ -22,7 +25,7 @@ def attend(
 
     `mask` is boolean and broadcasts to (B, H, L, M), True = attend. `dropout_p` drops attention weights.
     On a CPU a training pass mostly multiplies matrices outright, which took 0.4 to 0.9 of the time of PyTorch's
-    fused kernel there; so does inference in bfloat16 (0.2 to 0.7) and by single tokens. The fused kernel wins in
+    fused kernel there; so does inference in bfloat16 (0.2 to 0.7), and by few tokens. The fused kernel wins in
     float32 where many tokens meet many and nothing is dropped. The rule is fixed: a choice by a stopwatch would
     change the last bits of a result from run to run.
     """
@@ -43,6 +46,6 @@ def _is_plain_faster(query: Tensor, key: Tensor, dropout_p: float) -> bool:
     if dropout_p > 0.0:
         return True
     if not needs_grad:
-        return query.dtype == torch.bfloat16 or query.shape[-2] == 1
+        return query.dtype == torch.bfloat16 or query.shape[-2] <= _FEW_QUERIES
     is_long = query.shape[-2] * key.shape[-2] > _LONG_PRODUCT
     return query.dtype != torch.float32 or not is_long

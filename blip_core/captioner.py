@@ -24,7 +24,7 @@ class GeneratedCaption:
     num_tokens: int
     """Generated tokens, prompt and [SEP] excluded."""
     mean_logprob: float
-    """Per generated token, [SEP] included."""
+    """Per generated token, [SEP] included. See `Sequences.sum_logprobs` for what it is the probability of."""
     finish_reason: FinishReason
     """`sep`, or `length` when max_new_tokens cut it; `nan` when the model gave no number: there is no text."""
 
@@ -43,7 +43,10 @@ class MEDCaptioner:
         dtype: DType = "float32",
         compile: bool = False,
     ) -> None:
-        """`transform` defaults to the paper's, at the model's image size; `model` itself is left as it is."""
+        """`transform` defaults to the paper's, at the model's image size.
+
+        `model` is left as it is, and is copied (see `for_inference`): what trains it further is not seen here.
+        """
         self.tokenizer, self.config = tokenizer, config
         self.transform = transform or EvalTransform(model.config.vision.image_size_px)
         self.prompt_ids = tokenizer.prompt_ids(config.prompt)
@@ -65,6 +68,8 @@ class MEDCaptioner:
 
         Nucleus draws depend on (seed, image_id, index of the caption) alone.
         """
+        if not len(pixel_values) and not image_ids:
+            return []
         found = self.model.generate(
             pixel_values,
             self.prompt_ids,

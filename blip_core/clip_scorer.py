@@ -30,11 +30,9 @@ from blip_core.scorer import PairScore
 from blip_core.tokenizer import storable_text
 
 MAX_CACHED_TEXTS = 65_536
-"""Texts whose features are kept: 200 MB at a width of 768, whatever the number of shards."""
+"""Texts whose features are kept: 400 MB at a width of 768, whatever the number of shards."""
 TEXTS_AT_ONCE = 256
 DUAL_ENCODERS = (
-    "align",
-    "altclip",
     "chinese_clip",
     "clip",
     "metaclip_2",

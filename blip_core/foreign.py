@@ -63,6 +63,11 @@ _REFUSALS = (
 """What transformers raises for a folder that is not what it should be; more kinds than it documents."""
 
 
+def is_pth(path_or_repo: str | Path) -> bool:
+    """Whether it is one file of weights, as BLIP's authors release them."""
+    return Path(path_or_repo).suffix in (".pth", ".pt")
+
+
 def read_config(path_or_repo: str | Path) -> dict[str, Any]:
     """Return the parsed config.json of a folder or a hub name.
 
@@ -87,13 +92,18 @@ def read_config(path_or_repo: str | Path) -> dict[str, Any]:
     return values
 
 
-def weight_paths(path_or_repo: str | Path) -> dict[str, Path]:
-    """The files of weights that transformers or, of its own models, open_clip would read, by name.
+def weight_paths(path_or_repo: str | Path, *, of_open_clip: bool = False) -> dict[str, Path]:
+    """The files of weights that transformers or open_clip would read, by name; a folder may hold those of both.
 
     Raises CheckpointError when there are none.
     """
+    if is_pth(path_or_repo):
+        file = Path(path_or_repo)
+        if not file.is_file():
+            raise CheckpointError(f"no weights at {file}: there is no such file")
+        return {file.name: file}
     find = hf.finder(path_or_repo)
-    if find("open_clip_config.json") is not None:
+    if of_open_clip:
         for name in OPEN_CLIP_WEIGHTS:
             if (path := find(name)) is not None:
                 return {name: path}
@@ -123,15 +133,16 @@ def _shards(find: FindFile, index: Path) -> dict[str, Path]:
     return shards
 
 
-def foreign_model_id(path_or_repo: str | Path) -> str:
-    """Return the id of a foreign model, 32 hex digits: a hash of its weights.
+def foreign_model_id(path_or_repo: str | Path, *, of_open_clip: bool = False) -> str:
+    """Return the id of a foreign model, 32 hex digits: a hash of the weights that transformers or open_clip reads.
 
-    Of one model.safetensors it is the first digits of that file's sha256, as for our own models; of several
-    files a hash of their names and hashes.
+    Of one model.safetensors or .pth it is the first digits of that file's sha256, as for our own models; of
+    several files a hash of their names and hashes.
     """
-    hashes = {name: hash_file(path) for name, path in weight_paths(path_or_repo).items()}
-    if list(hashes) == [WEIGHTS]:
-        return hashes[WEIGHTS][:ID_LENGTH]
+    paths = weight_paths(path_or_repo, of_open_clip=of_open_clip)
+    hashes = {name: hash_file(path) for name, path in paths.items()}
+    if list(hashes) == [WEIGHTS] or is_pth(path_or_repo):
+        return next(iter(hashes.values()))[:ID_LENGTH]
     return _digest(hashes)[:ID_LENGTH]
 
 
@@ -140,6 +151,8 @@ def processing_id(path_or_repo: str | Path) -> str:
 
     The same weights with another tokenizer, prompt template or picture size say other things.
     """
+    if is_pth(path_or_repo):
+        return _digest({})[:ID_LENGTH]  # it has nothing beside it
     find = hf.finder(path_or_repo)
     found = {name: find(name) for name in PROCESSING_FILES}
     hashes = {name: hash_file(path) for name, path in found.items() if path is not None}

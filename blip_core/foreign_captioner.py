@@ -42,7 +42,7 @@ class ForeignCaptioner:
     """Captions from the `generate` of transformers, drawn per (seed, image_id, index).
 
     What a `CaptionConfig` does not name (forbidden n-grams, forced first tokens) stays as the model's own
-    generation_config.json has it.
+    generation_config.json has it. The repetition penalty is transformers': it falls on the prompt's tokens too.
     """
 
     def __init__(
@@ -92,10 +92,13 @@ class ForeignCaptioner:
             len(pixel_values) == len(image_ids),
             f"there are {len(pixel_values)} images, but {len(image_ids)} image_ids",
         )
+        if not image_ids:
+            return []
         inputs = self.inputs.batch(pixel_values, self.dtype, self.device)
-        found = self._searched(inputs) if self.config.decoding == "beam" else None
-        if found is None:
-            found = self._chosen(inputs, image_ids)
+        is_search = (
+            self.config.decoding == "beam" and self.config.num_beams > 1
+        )  # one beam is greedy
+        found = self._searched(inputs) if is_search else self._chosen(inputs, image_ids)
         step = self.config.num_captions
         return [found[start : start + step] for start in range(0, len(found), step)]
 
@@ -110,13 +113,12 @@ class ForeignCaptioner:
             every = [draw_key(config.seed, name, index) for name in image_ids for index in indices]
             keys = np.array(every, dtype=np.uint64)
         draw = SeededDraw(config, keys, self.eos_ids)
-        options = {"num_beams": 1, "num_return_sequences": config.num_captions}
-        # several captions of an image are allowed to a sampler alone; it then draws among one token
-        several: dict[str, Any] = {"do_sample": config.num_captions > 1}
-        if config.num_captions > 1:
-            several |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+        if config.num_captions > 1:  # allowed to a sampler alone, which then draws among one token
+            options |= {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+            options["num_return_sequences"] = config.num_captions
         with _generators_kept(self.device):
-            self._generate(inputs, draw, **options, **several)
+            self._generate(inputs, draw, **options)
         return [self._drawn(*row) for row in zip(*draw.rows(), strict=True)]
 
     def _searched(self, inputs: dict[str, Tensor]) -> list[GeneratedCaption]:

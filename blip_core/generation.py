@@ -7,6 +7,7 @@ Dimension key: N captions.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,15 +26,15 @@ class CaptionConfig:
 
     decoding: Decoding = "nucleus"
     """The paper samples synthetic captions (nucleus) and searches for evaluation (beam). `official` samples as
-    the released code does: repetition penalty 1.1 on prompt and caption, the 50 likeliest tokens, then top_p;
-    max_new_tokens and min_new_tokens then count the prompt, its [DEC] included."""
+    the released code's sampler does: repetition penalty 1.1 on prompt and caption, the 50 likeliest tokens, then
+    top_p; max_new_tokens and min_new_tokens then count the prompt, its [DEC] included."""
     top_p: float = 0.9
     """Nucleus mass, of the distribution that top_k left."""
     top_k: int = 0
     """Candidates a token is drawn from; 0 is off. The reference silently uses 50."""
     temperature: float = 1.0
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of generated tokens; the reference uses 1.1."""
+    """Divides positive and multiplies negative logits of generated tokens, not of the prompt; the reference uses 1.1."""
     num_beams: int = 3
     length_penalty: float = 1.0
     """A beam's score is its log-probability over length ** length_penalty; more favours long captions."""
@@ -57,6 +58,9 @@ class CaptionConfig:
         require(self.top_k >= 0, f"top_k must be 0 (off) or more, got {self.top_k}")
         require_positive(self, "temperature", "repetition_penalty", "num_beams", "max_new_tokens")
         require_positive(self, "num_captions")
+        for name in ("temperature", "repetition_penalty", "length_penalty"):
+            value = getattr(self, name)
+            require(math.isfinite(value), f"{name} must be a finite number, got {value}")
         require(
             0 <= self.min_new_tokens <= self.max_new_tokens,
             f"min_new_tokens must be in [0, max_new_tokens], got {self.min_new_tokens}",
@@ -109,7 +113,10 @@ class Sequences:
     ids: list[list[int]]
     """Per row, without [SEP]."""
     sum_logprobs: list[float]
-    """Log-probability under the model, [SEP] included where there is one."""
+    """Log-probability of each caption, [SEP] included where there is one.
+
+    Of greedy and sampled captions under the model after the repetition penalty and without forbidden tokens, but before
+    temperature, top_k and top_p; of beams, as transformers has it, under the model as it is, minus penalties."""
     finish_reasons: list[FinishReason]
 
 
@@ -130,7 +137,7 @@ class Vocabulary:
 
 def draw_key(seed: int, image_id: str, index: int) -> int:
     """Return the 64-bit key of all draws of one caption."""
-    digest = hashlib.sha256(f"{seed}\0{image_id}\0{index}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}\0{image_id}\0{index}".encode(errors="surrogatepass")).digest()
     return int.from_bytes(digest[:8], "little")
 
 

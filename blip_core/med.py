@@ -249,6 +249,8 @@ class MED(nn.Module):
             len(names) == len(pixel_values),
             f"there are {len(pixel_values)} images, but {len(names)} image_ids",
         )
+        if not names:
+            return Sequences([], [], [])
         image_embeds = self.encode_image(pixel_values.to(self.device, self.dtype))
         decoder = MEDDecoder(
             self,

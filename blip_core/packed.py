@@ -75,10 +75,17 @@ def for_inference(
 ) -> MED:
     """Return a copy of `model` to compute with, on `device` and in `dtype`; it cannot be trained or saved.
 
-    The copy shares what it need not change with `model`, which stays as it is. With `compile` the vision blocks
+    The copy shares what it need not change with `model`, which stays as it is: make a new copy when `model` has been
+    trained further. With `compile` the vision blocks
     and the text's feed-forwards go through torch.compile, which takes a minute at the first call and needs a C++
-    compiler or CUDA; weights are not packed then. Raises ConfigError for a `dtype` that there is not.
+    compiler or CUDA; weights are not packed then. Raises ConfigError for a `dtype` that there is not,
+    and for a model that is such a copy itself.
     """
+    is_copy = any(isinstance(part, PackedLinear) for part in model.modules())
+    require(
+        not is_copy,
+        "the model is an inference copy with packed weights: give the model it was made from",
+    )
     require(dtype in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     device, number = torch.device(device), DTYPES[dtype]
     shared: dict[int, Any] = {}

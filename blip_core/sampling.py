@@ -49,7 +49,9 @@ def nucleus_probs(logits: Tensor, config: CaptionConfig) -> Tensor:
     The nucleus is the smallest set of likeliest tokens whose mass reaches top_p; at least one token. Of equally
     likely tokens the first ones are in.
     """
-    probs = torch.softmax(logits.float() / config.temperature, dim=-1)
+    logits = logits.float()
+    highest = logits.amax(dim=-1, keepdim=True)  # taken off first: a low temperature would overflow
+    probs = torch.softmax((logits - highest) / config.temperature, dim=-1)
     if config.top_k and config.top_k < probs.shape[1]:
         values, _ = probs.topk(config.top_k, dim=-1)
         # ties with the last of the k: the first tokens are in, whatever order topk has

@@ -44,14 +44,18 @@ class MEDScorer:
         compile: bool = False,
         num_cached_texts: int = 100_000,
     ) -> None:
-        """`transform` defaults to the paper's, at the model's image size; `model` itself is left as it is.
+        """`transform` defaults to the paper's, at the model's image size.
 
-        The features of the last `num_cached_texts` different texts are kept (base: 1 KB each).
+        `model` is left as it is, and is copied (see `for_inference`): what trains it further is not seen here. The features of the last `num_cached_texts` different texts are kept (base: 1 KB each).
         """
         limit = model.config.text.max_positions
         require(
             max_text_tokens <= limit,
             f"max_text_tokens {max_text_tokens} is above text.max_positions {limit}",
+        )
+        require(max_text_tokens >= 2, f"max_text_tokens must be 2 or more, got {max_text_tokens}")
+        require(
+            num_cached_texts >= 0, f"num_cached_texts must be 0 or more, got {num_cached_texts}"
         )
         model.require_head("itc", "a scorer")
         model.require_head("itm", "a scorer")

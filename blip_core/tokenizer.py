@@ -162,12 +162,15 @@ class MEDTokenizer:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return [DEC] and the prompt's ids, without [SEP]: what a caption starts from."""
-        return [self.dec_id, *self._tokenizer.encode(prompt, add_special_tokens=False).ids]
+        return [
+            self.dec_id,
+            *self._tokenizer.encode(storable_text(prompt), add_special_tokens=False).ids,
+        ]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; special tokens are left out."""
+        """Return the text of ids; special tokens are left out, and so is the mark of a first piece that continues a word."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
+        return text.removeprefix("##")
 
     def _id(self, token: str) -> int:
         token_id = self._tokenizer.token_to_id(token)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,11 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from flows.environment import prepare
+
 if TYPE_CHECKING:
     from flows.settings import BootstrapSettings
 
-SERVER_START_SECONDS = "180"
-"""Prefect gives its in-process server 20 s to start, which a busy machine does not always manage."""
 STAGES = {
     "ingest": "download new URLs and take in human pairs",
     "pretrain": "train the first model on raw web and human pairs",
@@ -41,7 +40,7 @@ OPTIONS = {"lake": "machine", "on_stale": "machine", "captioner": "caption", "sc
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (2: something that the user can mend)."""
     options = parser().parse_args(arguments)
-    quiet(options.verbose)
+    prepare(options.verbose)
     from flows.terminal import fail
 
     command: Callable[[argparse.Namespace], int] = options.command
@@ -130,8 +129,8 @@ def _settings_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--on-stale", choices=("error", "rebuild"), help="what to do with outdated parts"
     )
-    sub.add_argument("--captioner", metavar="hf:PATH", help="a captioner of transformers")
-    sub.add_argument("--scorer", metavar="clip:PATH", help="a CLIP or SigLIP (or open_clip:PATH)")
+    sub.add_argument("--captioner", metavar="hf:PATH", help="a captioner trained elsewhere")
+    sub.add_argument("--scorer", metavar="clip:PATH", help="a scorer trained elsewhere")
 
 
 def _config_options(sub: argparse.ArgumentParser) -> None:
@@ -346,38 +345,6 @@ def _is_ours(err: Exception) -> bool:
     from storage import StorageError
 
     return isinstance(err, FlowsError | StorageError | BlipError)
-
-
-def quiet(verbose: bool) -> None:
-    """No telemetry, no chatter; set before Prefect is imported, and only where the user did not."""
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    level = "INFO" if verbose else "CRITICAL"
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", level)
-    os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", level)
-    if "PREFECT_API_URL" not in os.environ:
-        _choose_api()
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.ERROR,
-        format="%(levelname)s %(name)s: %(message)s",
-    )
-    for name in ("flows", "storage", "blip_core"):
-        logging.getLogger(name).setLevel(logging.INFO if verbose else logging.WARNING)
-
-
-def _choose_api() -> None:
-    """The server of `bootstrap up` while it runs; else Prefect's in-process one, its state here."""
-    from flows.server import running
-
-    if running(Path.cwd()) is not None:
-        return  # prefect.toml, which `up` wrote here, names it
-    if Path("prefect.toml").is_file():
-        os.environ["PREFECT_API_URL"] = ""  # a server that is gone must not be waited for
-    home = Path(os.environ.setdefault("PREFECT_HOME", str(Path(".bootstrap/prefect").absolute())))
-    home.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "true")
-    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", SERVER_START_SECONDS)
 
 
 def entry() -> NoReturn:

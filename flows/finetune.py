@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from blip_core import MED, LoadedModel, MEDTokenizer, load_model, save_model
+from blip_core import LoadedModel, load_model, save_model
 from blip_core.hf import require_layout
 from blip_core.med import Layout
 from flows.errors import SettingsError
 from flows.export import LAYOUTS, require_free, write_folder
+from flows.foreign_models import load_blip
 from flows.session import Run
 from flows.settings import BootstrapSettings
 from flows.steps.plan import Objective, TrainPlan
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 OBJECTIVES: dict[str, tuple[Objective, ...]] = {"captioner": ("lm",), "filter": ("itc", "itm")}
 WORK = "_tmp-finetune"
 """Folder below the result that holds what is unfinished: a lake of its own."""
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
 
 
 def finetune(
@@ -62,7 +62,7 @@ def finetune(
         return
     require_free(out)
     layout = layout or LAYOUTS[role]
-    start = _start(model, settings)
+    start = load_blip(model, settings)
     for objective in OBJECTIVES[role]:
         start.model.require_head(objective, f"finetuning a {role}")
     require_layout(start.model, layout)
@@ -100,21 +100,6 @@ def _remove(work: Path) -> None:
         elif path.name != LAKE:
             path.unlink()
     shutil.rmtree(work)
-
-
-def _start(model: str, settings: BootstrapSettings) -> LoadedModel:
-    """The given model with its own tokenizer; that of the settings where it has none."""
-    tokenizer, folder = model, Path(model)
-    has_none = folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES)
-    if has_none or folder.suffix in (".pth", ".pt"):
-        tokenizer = settings.model.tokenizer
-        if tokenizer == "train":
-            raise SettingsError(
-                f"{model} has no tokenizer: give model.tokenizer, such as bert-base-uncased"
-            )
-    return LoadedModel(
-        MED.from_pretrained(model), MEDTokenizer.from_pretrained(tokenizer), model_id=""
-    )
 
 
 def _registered(lake: Lake, start: LoadedModel, name: str) -> ModelRef:

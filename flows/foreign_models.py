@@ -1,7 +1,7 @@
-"""Models that were not trained here, as captioner or scorer of a round: hf:PATH, clip:PATH, open_clip:PATH.
+"""Models that were not trained here, as captioner or scorer of a round: blip:PATH, hf:PATH, clip:PATH, open_clip:PATH.
 
-PATH is a folder or a name on the Hugging Face hub. Such a model has a row in `models` and an id from its weights;
-its files stay where they are.
+PATH is a folder or a name on the Hugging Face hub, or for `blip` a `.pth` of its authors. Such a model has a row in
+`models` and an id from its weights; its files stay where they are.
 """
 
 from __future__ import annotations
@@ -10,12 +10,25 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from blip_core import CaptionConfig, Captioner, CLIPScorer, ForeignCaptioner, OpenCLIPScorer, Scorer
-from blip_core.foreign import foreign_model_id, processing_id, read_config
+from blip_core import (
+    MED,
+    CaptionConfig,
+    Captioner,
+    CLIPScorer,
+    ForeignCaptioner,
+    LoadedModel,
+    MEDTokenizer,
+    OpenCLIPScorer,
+    Scorer,
+)
+from blip_core.foreign import foreign_model_id, is_pth, processing_id, read_config
+from flows.errors import SettingsError
 from flows.session import Run
+from flows.settings import BootstrapSettings
 from storage import ModelRef, registry
 
 OWN = "own"
+VOCABULARIES = ("tokenizer.json", "vocab.txt")
 Role = Literal["foreign_captioner", "foreign_scorer"]
 
 
@@ -26,6 +39,11 @@ def split(reference: str) -> tuple[str, str]:
     return kind, str(folder) if folder.is_dir() else where
 
 
+def is_blip(ref: ModelRef) -> bool:
+    """Whether a foreign model is a BLIP that our own code runs."""
+    return ref.is_foreign and ref.path.startswith("blip:")
+
+
 def registered(run: Run, role: Role, reference: str) -> ModelRef:
     """The row of a foreign model in this round; its weights are hashed, so a changed model is another one.
 
@@ -33,11 +51,11 @@ def registered(run: Run, role: Role, reference: str) -> ModelRef:
     """
     kind, where = split(reference)
     config: dict[str, Any] = {"reference": reference, "processing_id": _processing_id(where)}
-    if kind != "open_clip":
+    if kind in ("hf", "clip"):
         config["model_type"] = read_config(where)["model_type"]
     return registry.register_foreign(
         run.lake,
-        foreign_model_id(where),
+        foreign_model_id(where, of_open_clip=kind == "open_clip"),
         role=role,
         round=run.round,
         reference=reference,
@@ -45,8 +63,26 @@ def registered(run: Run, role: Role, reference: str) -> ModelRef:
     )
 
 
+def load_blip(where: str, settings: BootstrapSettings) -> LoadedModel:
+    """A BLIP of transformers, of its authors or of ours, with its own tokenizer or, without one, the settings'.
+
+    Raises SettingsError when neither has a tokenizer, CheckpointError when there is no such model.
+    """
+    tokenizer, folder = where, Path(where)
+    has_none = folder.is_dir() and not any((folder / name).is_file() for name in VOCABULARIES)
+    if has_none or is_pth(where):
+        tokenizer = settings.model.tokenizer
+        if tokenizer == "train":
+            raise SettingsError(
+                f"{where} has no tokenizer: give model.tokenizer, such as bert-base-uncased"
+            )
+    return LoadedModel(
+        MED.from_pretrained(where), MEDTokenizer.from_pretrained(tokenizer), model_id=""
+    )
+
+
 def captioner(run: Run, ref: ModelRef, config: CaptionConfig) -> Captioner:
-    """What writes captions with a foreign model. Raises CheckpointError, ConfigError."""
+    """What writes captions with an image-to-text model of transformers. Raises CheckpointError, ConfigError."""
     settings = run.settings.caption
     _, where = split(ref.path)
     return ForeignCaptioner(
@@ -59,7 +95,7 @@ def captioner(run: Run, ref: ModelRef, config: CaptionConfig) -> Captioner:
 
 
 def scorer(run: Run, ref: ModelRef) -> Scorer:
-    """What scores texts with a foreign model. Raises CheckpointError."""
+    """What scores texts with a CLIP or a relative. Raises CheckpointError."""
     kind, where = split(ref.path)
     settings = run.settings.score
     if kind == "open_clip":

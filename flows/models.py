@@ -86,9 +86,9 @@ def captioner_of(run: Run, ref: ModelRef) -> Captioner:
     """What writes captions with a model, as `caption` of the settings says."""
     settings = run.settings.caption
     config = CaptionConfig(seed=run.settings.seed, **decoding_fields(settings))
-    if ref.is_foreign:
+    if ref.is_foreign and not foreign_models.is_blip(ref):
         return foreign_models.captioner(run, ref, config)
-    loaded = load(run, ref)
+    loaded = _curator(run, ref)
     captioner = MEDCaptioner(
         loaded.model,
         loaded.tokenizer,
@@ -103,9 +103,9 @@ def captioner_of(run: Run, ref: ModelRef) -> Captioner:
 
 def scorer_of(run: Run, ref: ModelRef) -> Scorer:
     """What scores texts with a model, as `score` of the settings says."""
-    if ref.is_foreign:
+    if ref.is_foreign and not foreign_models.is_blip(ref):
         return foreign_models.scorer(run, ref)
-    settings, loaded = run.settings.score, load(run, ref)
+    settings, loaded = run.settings.score, _curator(run, ref)
     scorer = MEDScorer(
         loaded.model,
         loaded.tokenizer,
@@ -116,6 +116,14 @@ def scorer_of(run: Run, ref: ModelRef) -> Scorer:
         compile=run.settings.machine.compile,
     )
     return cast("Scorer", scorer)
+
+
+def _curator(run: Run, ref: ModelRef) -> LoadedModel:
+    """The MED of a reference, trained here or elsewhere."""
+    if not ref.is_foreign:
+        return load(run, ref)
+    _, where = foreign_models.split(ref.path)
+    return foreign_models.load_blip(where, run.settings)
 
 
 def pixel_stats(run: Run) -> tuple[Triple, Triple]:

@@ -224,8 +224,9 @@ class CaptionSettings(Section):
     """Captions written for each image."""
     batch_size: BatchSetting = 64
     """Images in a batch; `auto` measures what is fastest."""
-    captioner: str = Field(default="own", pattern=r"^(own$|hf:.)")
-    """`own` is finetuned here; hf:PATH is an image-to-text model of transformers, a folder or a hub name."""
+    captioner: str = Field(default="own", pattern=r"^(own$|hf:.|blip:.)")
+    """`own` is finetuned here; blip:PATH is a BLIP trained elsewhere, hf:PATH any image-to-text model of
+    transformers; PATH is a folder or a hub name, for blip also a .pth."""
     captioner_image_size_px: int | None = Field(default=None, ge=16)
     """Side that pictures get for a captioner of transformers; as its processor has it when not given."""
     dtype: InferenceType = "float32"
@@ -239,8 +240,9 @@ class ScoreSettings(Section):
     """Longest text in tokens, special tokens included."""
     batch_size: BatchSetting = 64
     """Images in a batch; `auto` measures what is fastest."""
-    scorer: str = Field(default="own", pattern=r"^(own$|clip:.|open_clip:.)")
-    """`own` is the filter finetuned here; clip:PATH or open_clip:PATH gives itc_sim and no itm_prob."""
+    scorer: str = Field(default="own", pattern=r"^(own$|clip:.|open_clip:.|blip:.)")
+    """`own` is the filter finetuned here, blip:PATH one trained elsewhere; clip:PATH and open_clip:PATH give
+    itc_sim and no itm_prob."""
     dtype: InferenceType = "float32"
     """Number type of the model."""
 

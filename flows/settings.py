@@ -161,7 +161,9 @@ class BootstrapSettings(Section):
     @model_validator(mode="after")
     def _policy_fits_the_scorer(self) -> BootstrapSettings:
         scorer, policy = self.score.scorer, self.decide.policy
-        if scorer != "own" and "itm_prob" in needed_numbers(read_policy(policy)[1]):
+        if scorer.startswith(("clip:", "open_clip:")) and "itm_prob" in needed_numbers(
+            read_policy(policy)[1]
+        ):
             raise ValueError(explain_absent(policy, "itm_prob", f"score.scorer {scorer}"))
         return self
 

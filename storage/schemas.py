@@ -110,7 +110,12 @@ MODEL_RECORDS = pa.schema(
         ),
         _column("parent_id", _TEXT, "the model it was finetuned from; null from scratch"),
         _column("round", pa.int32(), "round that trained it", False),
-        _column("path", _TEXT, "its folder in the lake; of a foreign model hf:, clip:, ...", False),
+        _column(
+            "path",
+            _TEXT,
+            "its folder in the lake; of a foreign model hf:, blip:, clip:, ...",
+            False,
+        ),
         _column("trained_on", _TEXT, "fingerprint of its training set"),
         _column("config", _TEXT, "its configuration, as a JSON object"),
         _column("created_at", _TIME, "when it was registered"),

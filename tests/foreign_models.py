@@ -121,24 +121,26 @@ def _saved(model: nn.Module, folder: Path, *parts: Any, scale: float = 4.0) -> P
     return folder
 
 
-def _blip_config(tokenizer: BertTokenizer) -> BlipConfig:
+def _blip_config(tokenizer: BertTokenizer, **size: int) -> BlipConfig:
     ids = {"bos_token_id": 5, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
     return BlipConfig(
-        text_config={**TEXT, "vocab_size": len(tokenizer), "initializer_range": 0.1, **ids},
-        vision_config={**VISION, "initializer_range": 0.1},
+        text_config={**TEXT, "vocab_size": len(tokenizer), "initializer_range": 0.1, **ids, **size},
+        vision_config={**VISION, "initializer_range": 0.1, **size},
         image_text_hidden_size=16,
     )
 
 
-def blip(folder: Path, model_class: type = BlipForConditionalGeneration) -> Path:
+def blip(folder: Path, model_class: type = BlipForConditionalGeneration, **size: int) -> Path:
     tokenizer = bert_tokenizer(folder)
     torch.manual_seed(0)
     processor = BlipProcessor(BlipImageProcessor(size=_square()), tokenizer)
-    return _saved(model_class(_blip_config(tokenizer)), folder, processor)
+    return _saved(model_class(_blip_config(tokenizer, **size)), folder, processor)
 
 
 def blip_retrieval(folder: Path) -> Path:
-    return blip(folder, BlipForImageTextRetrieval)
+    """Heads of width 64, as in all that BLIP's authors released."""
+    size = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1}
+    return blip(folder, BlipForImageTextRetrieval, **size)
 
 
 def blip2(folder: Path) -> Path:

@@ -7,7 +7,7 @@ from flows import models
 from flows.quickstart.verdict import caption_truth
 from flows.quickstart.world import World
 from flows.session import Run
-from flows.settings import CURATE_ADDED_LATER, decoding_fields
+from flows.settings import curate_basis, decoding_fields
 from flows.steps.batches import rows_table
 from flows.steps.evaluate import DATASET, PROTOCOL_OF, held_out, heldout_captions
 from storage import Clock, ModelRef, PartRef, basis_of, commit_part, committed_part
@@ -24,8 +24,7 @@ def measure_truth(run: Run, ref: ModelRef, world: World) -> PartRef:
     basis = basis_of(
         "truth",
         STAGE_VERSION,
-        settings.model_dump(mode="json", exclude=set(CURATE_ADDED_LATER))
-        | {"seed": run.settings.seed},
+        curate_basis(settings) | {"batch_size": settings.batch_size, "seed": run.settings.seed},
         [str(world.config)],
         ref.model_id,
     )

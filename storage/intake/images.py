@@ -54,6 +54,8 @@ def inspect_image(data: bytes, min_side_px: int, max_pixels: int) -> Inspected:
 
 def difference_hash(image: Image.Image) -> str:
     """64 bits: is each pixel of an 8 x 9 thumbnail brighter than its left neighbour? 16 hex."""
+    if image.mode.startswith("I;16"):  # Pillow cuts 16 bits at 255: all but black would be white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     pixels = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BILINEAR), np.int16)
     bits = np.packbits(pixels[:, 1:] > pixels[:, :-1])
     return bits.tobytes().hex()

@@ -220,7 +220,7 @@ def test_probe_finds_a_linear_map_and_chooses_its_penalty_by_dev(
     index = probe.index_of(captions)
     ridge, penalty = probe.best_ridge(train, texts[:100], dev, texts[100:150], index)
     assert penalty < max(probe.RIDGES)
-    pairs = probe.as_pairs(ridge(test), texts[150:], captions)
+    pairs = probe.as_pairs(ridge(test), ridge.centred(texts[150:]), captions)
     assert probe.cosine_auc(pairs).value > 0.95
 
 

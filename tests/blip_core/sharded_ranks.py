@@ -31,6 +31,8 @@ def main(folder: Path) -> None:
         train(ranks.start(), words, ranks.batch, lm, folder / "lm")
         less = {"checkpoint_blocks": 1, "freeze": ("vision.patch_embed",), "grad_clip_norm": None}
         train(ranks.start(), words, ranks.batch, ranks.run_config(**less, **FULL), folder / "less")
+        half = ranks.run_config(dtype="bfloat16", **FULL)
+        train(ranks.start(), words, ranks.batch, half, folder / "half")
         ranks.killed_and_resumed(folder, **FULL)
         _evaluated(folder)
         (folder / "shared").mkdir(exist_ok=True)

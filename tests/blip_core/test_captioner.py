@@ -148,3 +148,17 @@ def test_searches_do_not_depend_on_the_batch_either(
 def test_captioner_refuses_more_tokens_than_positions(model: MED, tokenizer: MEDTokenizer) -> None:
     with pytest.raises(ConfigError, match=r"make 41 tokens, but text.max_positions is 40"):
         MEDCaptioner(model, tokenizer, CaptionConfig(max_new_tokens=40))
+
+
+def test_official_decoding_forbids_no_special_token(model: MED, tokenizer: MEDTokenizer) -> None:
+    official = CaptionConfig(decoding="official", max_new_tokens=12)
+    assert MEDCaptioner(model, tokenizer, official).forbidden_ids == []
+    forbidden = MEDCaptioner(model, tokenizer, CaptionConfig()).forbidden_ids
+    assert set(forbidden) == set(tokenizer.special_ids) - {tokenizer.sep_id}
+
+
+def test_a_caption_that_continues_a_word_shows_no_mark(tokenizer: MEDTokenizer) -> None:
+    pieces = [token for token in range(tokenizer.vocab_size) if tokenizer.decode([token]).isalpha()]
+    texts = [tokenizer.decode([piece]) for piece in range(tokenizer.vocab_size)]
+    assert len(pieces) > 20
+    assert not any("#" in text for text in texts)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip_core import MED
+from blip_core import MED, CaptionConfig, ConfigError
+from blip_core.attention import attend
 from blip_core.decoder import MEDDecoder
 from blip_core.packed import PackedLinear, can_pack, for_inference
 
@@ -44,6 +45,7 @@ def test_rows_and_images_move_and_leave(model: MED, pixel_values: Tensor, per_im
         new = torch.randint(5, 40, (len(ids), 1), generator=generator)
         ids = torch.cat([ids, new], dim=1)
         torch.testing.assert_close(decoder.step(new), _whole(model, pixels[image_of], ids), **CLOSE)
+        assert decoder._num_images == len(image_of.unique()), "images without rows are let go"
 
 
 @torch.no_grad()
@@ -94,6 +96,7 @@ def test_an_inference_copy_computes_what_the_model_does(
     ready = for_inference(model, device="cpu", dtype=dtype)
     ids = torch.tensor([[5, 8, 9], [5, 20, 21]])
     mask = torch.ones_like(ids)
+    assert any(isinstance(part, PackedLinear) for part in ready.modules()) == can_pack(ready.dtype)
     embeds = ready.encode_image(pixel_values[:2].to(ready.dtype))
     expected_embeds = model.encode_image(pixel_values[:2])
     _assert_alike(embeds, expected_embeds, dtype)
@@ -103,6 +106,49 @@ def test_an_inference_copy_computes_what_the_model_does(
     assert ready.text.word_embeddings.weight.dtype == ready.dtype
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.dtype == torch.float32
+
+
+@pytest.mark.skipif(not can_pack(torch.float32), reason="this PyTorch packs no weights")
+def test_an_inference_copy_cannot_be_copied_again(model: MED) -> None:
+    with pytest.raises(ConfigError, match="give the model it was made from"):
+        for_inference(for_inference(model, device="cpu"), device="cpu")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoding", ["nucleus", "beam"])
+def test_keys_and_values_of_an_image_are_computed_once(
+    model: MED, pixel_values: Tensor, decoding: str
+) -> None:
+    rows: list[int] = []
+    attention = model.text.stack()[0].cross_attention
+    attention.kv.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    count = 4 if decoding == "nucleus" else 1
+    config = CaptionConfig(
+        decoding=decoding, num_captions=count, max_new_tokens=6, min_new_tokens=6
+    )
+    text = model.config.text
+    found = model.generate(
+        pixel_values[:3], [text.vocab_size - 2], config=config, sep_id=text.vocab_size - 1
+    )
+    assert len(found.ids) == 3 * count
+    assert rows == [3]
+
+
+@torch.no_grad()
+def test_an_answer_does_not_depend_on_how_many_ask_at_once() -> None:
+    """Float32, several threads, as many keys as an image of 224 px has: the fused kernel's would."""
+    threads = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(8, 12, n, 64, generator=generator) for n in (3, 197, 197))
+    try:
+        torch.set_num_threads(2)
+        whole = attend(query, key, value, None)
+        for count in (1, 2, 5):
+            assert torch.equal(
+                attend(query[:count], key[:count], value[:count], None), whole[:count]
+            )
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.no_grad()

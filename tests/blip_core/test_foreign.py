@@ -40,6 +40,15 @@ def test_model_id_is_the_hash_of_the_weights_in_however_many_files(
         foreign_model_id(tmp_path)
 
 
+def test_a_folder_of_both_libraries_has_an_id_for_each(clip: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    shutil.copytree(clip, folder)
+    (folder / "open_clip_config.json").write_text("{}")
+    (folder / "open_clip_model.safetensors").write_bytes(b"other")
+    assert foreign_model_id(folder) == foreign_model_id(clip), "what transformers reads"
+    assert foreign_model_id(folder, of_open_clip=True) != foreign_model_id(clip)
+
+
 def test_processing_id_changes_with_the_tokenizer_and_not_with_a_readme(
     clip: Path, tmp_path: Path
 ) -> None:

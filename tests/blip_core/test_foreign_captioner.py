@@ -73,9 +73,8 @@ def _own_generate(folder: Path, captioner: ForeignCaptioner, **options: Any) -> 
                 **inputs,
                 min_new_tokens=1,
                 max_new_tokens=6,
-                repetition_penalty=1.0,
                 forced_eos_token_id=None,
-                **options,
+                **{"repetition_penalty": 1.0, **options},
             )
         texts.append(captioner.tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip())
     return texts
@@ -115,8 +114,13 @@ def _texts(found: list[list[Any]]) -> list[list[str]]:
             replace(GREEDY, decoding="beam", num_beams=2, length_penalty=-3.0),
             {"do_sample": False, "num_beams": 2, "length_penalty": -3.0},
         ),
+        (replace(GREEDY, decoding="beam", num_beams=1), {"do_sample": False, "num_beams": 1}),
+        (
+            replace(GREEDY, repetition_penalty=4.0),
+            {"do_sample": False, "num_beams": 1, "repetition_penalty": 4.0},
+        ),
     ],
-    ids=["greedy", "beam", "short_beam"],
+    ids=["greedy", "beam", "short_beam", "beam_of_one", "penalised"],
 )
 def test_searched_captions_are_those_of_transformers(
     folders: Folders, name: str, config: CaptionConfig, options: dict[str, Any]
@@ -126,7 +130,7 @@ def test_searched_captions_are_those_of_transformers(
     expected = _own_generate(folders(name), captioner, **{"length_penalty": 1.0, **options})
     assert [text for (text,) in _texts(found)] == expected
     for (caption,) in found:
-        assert -math.log(400) < caption.mean_logprob < 0
+        assert -math.log(400) * config.repetition_penalty < caption.mean_logprob < 0
         assert 1 <= caption.num_tokens <= 6
 
 
@@ -269,6 +273,11 @@ def test_prompt_that_a_processor_refuses_is_an_error_of_settings(folders: Folder
 def test_decoding_of_the_released_blip_is_refused_for_other_models(folders: Folders) -> None:
     with pytest.raises(ConfigError, match=r"decoding official .* use nucleus, greedy or beam"):
         ForeignCaptioner(folders("blip"), CaptionConfig(decoding="official"))
+
+
+def test_no_images_give_no_captions(folders: Folders) -> None:
+    captioner = ForeignCaptioner(folders("blip"), GREEDY)
+    assert captioner.caption(_pixels(captioner)[:0], []) == []
 
 
 def test_images_without_ids_are_refused(folders: Folders) -> None:

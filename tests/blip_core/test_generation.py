@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -5,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip_core import CaptionConfig, ConfigError
+from blip_core import MED, CaptionConfig, ConfigError, MEDCaptioner, MEDTokenizer
 from blip_core.beam import beam_search
 from blip_core.decoding import close_ranks, decode_rows
 from blip_core.generation import Sequences, Vocabulary, draw_key, uniforms
+from blip_core.sampling import constrain, draw
 
 SEP, VOCAB = 1, 6
 CPU = torch.device("cpu")
@@ -142,6 +144,52 @@ def test_a_row_without_numbers_ends_alone(decoding: str) -> None:
     assert [found.ids[0], found.ids[2]] == [expected.ids[0], expected.ids[2]]
 
 
+def test_official_decoding_is_the_released_sampler() -> None:
+    """Penalty on prompt and caption, lengths less the prompt, the draws of a nucleus; step by step by hand."""
+
+    class Flat(BigramModel):
+        def logits(self, before: Tensor, last: Tensor) -> Tensor:
+            return self.table[before, last] / 8
+
+    config = CaptionConfig(decoding="official", max_new_tokens=9, min_new_tokens=4, seed=5)
+    vocabulary, prompt = Vocabulary(SEP), [2, 3]
+    names = [f"image-{index}" for index in range(40)]
+    found = decode_rows(Flat(0), prompt, names, config, vocabulary, CPU)
+    nucleus = CaptionConfig(top_k=50, repetition_penalty=1.1)
+    for name, ids in zip(names, found.ids, strict=True):
+        text, keys = list(prompt), np.array([draw_key(5, name, 0)], np.uint64)
+        for position in range(7):
+            logits = Flat(0).logits(torch.tensor([text[-2]]), torch.tensor([text[-1]]))
+            blocked = [SEP] if position < 2 else []
+            logits = constrain(logits, torch.tensor([text]), nucleus, blocked_ids=blocked)
+            token = int(draw(logits, torch.from_numpy(uniforms(keys, position)), nucleus))
+            if token == SEP:
+                break
+            text.append(token)
+        assert ids == text[2:]
+    assert {len(ids) for ids in found.ids} >= {2, 7}
+    assert any(0 in ids for ids in found.ids), "nothing is forbidden"
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "beam"])
+def test_a_large_repetition_penalty_lets_no_token_come_twice(decoding: str) -> None:
+    config = CaptionConfig(decoding=decoding, max_new_tokens=4, repetition_penalty=1e6)
+    model = BigramModel(7)
+    model.table = model.table.abs() + 0.1  # a penalty makes small what is above 0
+    model.table[:, :, SEP] = -50.0
+    penalised = _decode(model, config, rows=1).ids[0]
+    model.tokens = None
+    free = dataclasses.replace(config, repetition_penalty=1.0)
+    assert len(set(_decode(model, free, rows=1).ids[0])) < 4
+    assert len(set(penalised)) == len(penalised) == 4
+
+
+def test_no_images_give_no_captions(model: MED, tokenizer: MEDTokenizer) -> None:
+    for decoding in ("nucleus", "beam"):
+        captioner = MEDCaptioner(model, tokenizer, CaptionConfig(decoding=decoding))
+        assert captioner.caption(torch.zeros(0, 3, 32, 32), []) == []
+
+
 def test_length_penalty_prefers_long_captions() -> None:
     lengths = []
     for penalty in (0.0, 1.0, 4.0):
@@ -197,6 +245,7 @@ def test_rows_stop_at_max_new_tokens_with_the_reason() -> None:
         ({"min_new_tokens": 30}, r"min_new_tokens must be in \[0, max_new_tokens\], got 30"),
         ({"decoding": "greedy", "num_captions": 2}, "greedy decoding gives one caption"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"length_penalty": float("nan")}, "length_penalty must be a finite number, got nan"),
         ({"decoding": "official", "top_k": 40}, "decoding official fixes top_k at 50, got 40"),
     ],
 )

@@ -50,8 +50,8 @@ def test_cycle_notes_how_fast_each_training_went(finished: FinishedCycle) -> Non
     lake = Lake.open(str(finished.lake), read_only=True)
     (row,) = _rows(lake, "SELECT speed FROM rounds")
     speed = json.loads(row["speed"])
-    assert set(speed) == {"pretrain", "captioner", "filter", "retrain"}
-    for figures in speed.values():
+    for training in ("pretrain", "captioner", "filter", "retrain"):
+        figures = speed[training]
         assert set(figures) == {"images_per_s", "memory_gib"}, "no peak is known of a CPU"
         assert all(value > 0 for value in figures.values())
 

@@ -1,5 +1,6 @@
 import io
 
+import numpy as np
 import pytest
 from PIL import Image
 from web_world import jpeg
@@ -40,6 +41,13 @@ def test_difference_hash_outlives_a_resize_but_not_another_picture() -> None:
     other = Image.open(io.BytesIO(jpeg(4, 64))).resize((16, 16))
     other_bits = bin(int(difference_hash(image), 16) ^ int(difference_hash(other), 16)).count("1")
     assert bits <= 4 < other_bits
+
+
+def test_difference_hash_of_16_bits_is_that_of_8() -> None:
+    image = Image.open(io.BytesIO(jpeg(3, 64))).convert("L")
+    deep = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    assert deep.mode == "I;16"
+    assert difference_hash(deep) == difference_hash(image)
 
 
 @pytest.mark.parametrize(
