@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from mmap import mmap
 from multiprocessing.connection import Connection
 from typing import IO, ParamSpec, TypeVar
@@ -72,7 +73,9 @@ class Decoders:
         self.layouts = [_layout_of(transform) for transform in self.transforms]
         self.workers = workers
         self._uses_processes = processes
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        # A thread's own setting: resizing must not ask for the cores that the model computes on.
+        one_core = partial(torch.set_num_threads, 1)
+        self._pool = ThreadPoolExecutor(workers, "decode", initializer=one_core)
         self._own = threading.local()
         self._all: list[_Process] = []
         self._lock = threading.Lock()
@@ -123,6 +126,8 @@ class Decoders:
         self._pool.shutdown(wait=True, cancel_futures=True)
         for process in processes:
             _end(process)
+        # What a thread sets for itself, torch also takes for threads that are yet to come: not for ever.
+        torch.set_num_threads(torch.get_num_threads())
 
     def _decode_in_process(self, images: list[bytes]) -> Decoded:
         for _ in range(TRIES):

@@ -17,8 +17,8 @@ from flows.patience import patiently
 from storage import CorruptShard, Lake
 from storage.spans import Wanted, read_images
 
-BLOCK_IMAGES = 8 * CHUNK_IMAGES
-"""Images whose bytes are asked for together: neighbours come in one read."""
+BLOCK_IMAGES, BLOCK_BYTES = 8 * CHUNK_IMAGES, 32 << 20
+"""Most images, and bytes of their files, that are asked for together: neighbours come in one read."""
 READERS = 2
 PLANS_AHEAD = 4
 """Shards that are looked at before their turn: enough that small ones overlap too."""
@@ -88,6 +88,9 @@ class _Ahead(Generic[J]):
 
     job: J
     first: int
+    """Place of its block's first image in the job."""
+    start: int
+    """Place of its own first image in the block."""
     count: int
     block: Future[_Block] | None
     decoded: Future[tuple[_Block, Decoded]] | None
@@ -181,29 +184,27 @@ class ImageStream(Generic[J]):
 
     def _cut(self, job: J) -> Iterator[_Ahead[J]]:
         """The pieces of a job, sent for when they are asked for."""
-        images, block = job.images, None
-        for first in range(0, len(images), CHUNK_IMAGES):
-            if first % BLOCK_IMAGES == 0:
-                rows = images[first : first + BLOCK_IMAGES]
-                block = self._readers.submit(_read, self._lake, rows)
-            assert block is not None
-            start = first % BLOCK_IMAGES
-            count = min(CHUNK_IMAGES, len(images) - first)
-            decoded = self._decoders.submit(_decode, self._decoders, block, start, count)
-            is_last = first + count == len(images)
-            yield _Ahead(job, first, count, block, decoded, is_last)
+        images, first = job.images, 0
+        while first < len(images):
+            rows = _block_of(images[first : first + BLOCK_IMAGES])
+            block = self._readers.submit(_read, self._lake, rows)
+            for start in range(0, len(rows), CHUNK_IMAGES):
+                count = min(CHUNK_IMAGES, len(rows) - start)
+                decoded = self._decoders.submit(_decode, self._decoders, block, start, count)
+                is_last = first + start + count == len(images)
+                yield _Ahead(job, first, start, count, block, decoded, is_last)
+            first += len(rows)
         if not images:
-            yield _Ahead(job, 0, 1, None, None, is_last=True)
+            yield _Ahead(job, 0, 0, 1, None, None, is_last=True)
 
     def _piece_of(self, item: _Ahead[J], began: float) -> Piece[J]:
         if item.decoded is None:
             return Piece(job=item.job, pictures=[], is_last=True)
         block, decoded = item.decoded.result()
         waited_s = time.perf_counter() - began
-        start = item.first % BLOCK_IMAGES
         pictures, place = [], 0  # place: among those whose bytes could be read
-        for i in range(item.count):
-            data, row = block.images[start + i], item.job.images[item.first + i]
+        for i in range(item.start, item.start + item.count):
+            data, row = block.images[i], item.job.images[item.first + i]
             picture = Picture(row=row, place=item.first + i, pixels=(), error=None)
             if isinstance(data, CorruptShard):
                 pictures.append(replace(picture, error=str(data), is_unreadable=True))
@@ -216,9 +217,19 @@ class ImageStream(Generic[J]):
             pictures=pictures,
             is_last=item.is_last,
             waited_s=waited_s,
-            read_s=block.seconds if start == 0 else 0.0,
+            read_s=block.seconds if item.start == 0 else 0.0,
             decode_s=decoded.seconds,
         )
+
+
+def _block_of(rows: Sequence[ImageRow]) -> Sequence[ImageRow]:
+    """As many of the first rows as BLOCK_BYTES allow, one at least."""
+    total = 0
+    for place, row in enumerate(rows):
+        total += row.size
+        if total > BLOCK_BYTES and place:
+            return rows[:place]
+    return rows
 
 
 def _read(lake: Lake, rows: Sequence[ImageRow]) -> _Block:

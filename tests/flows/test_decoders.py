@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -70,6 +71,22 @@ def test_decoders_give_what_each_transform_gives(importable: None, processes: bo
     for made, transform in zip(decoded.pixels, transforms, strict=True):
         expected = torch.stack([transform(decode_image(data)) for data in images])
         assert torch.equal(batched(list(made[:5]), transform), expected)
+
+
+def test_decoding_threads_leave_the_models_threads_alone() -> None:
+    seen: list[int] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with Decoders([EvalTransform(16)], workers=1) as decoders:
+            decoders.submit(lambda: seen.append(torch.get_num_threads())).result()
+            seen.append(torch.get_num_threads())
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2, 2]
 
 
 def test_decoding_process_starts_without_torch() -> None:

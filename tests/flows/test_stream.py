@@ -19,6 +19,7 @@ from flows.errors import MissingInput
 from flows.stream import ImageRow, ImageStream, Piece
 from storage import Lake, image_id
 from storage.shards import Sample, write_shard
+from storage.spans import Wanted
 
 SIZE = 8
 
@@ -74,6 +75,28 @@ def test_stream_gives_every_picture_once_in_order_whatever_the_shards_hold(lake:
         (job.name, place) for job in jobs for place in range(len(job.images))
     ]
     assert [piece.job.name for piece in pieces if piece.is_last] == [job.name for job in jobs]
+
+
+def test_stream_asks_for_few_large_images_at_a_time(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = _shard(lake, "s", [_png(i) for i in range(40)])
+    monkeypatch.setattr(module, "BLOCK_BYTES", 7 * job.images[0].size)
+    asked: list[int] = []
+    original = module.read_images
+
+    def read(lake: Lake, shard: str, wanted: list[Wanted]) -> object:
+        asked.append(len(wanted))
+        return original(lake, shard, wanted)
+
+    monkeypatch.setattr(module, "read_images", read)
+    with Decoders([EvalTransform(SIZE)], workers=2) as decoders:
+        with ImageStream(lake, iter([job]), decoders, ahead=8) as stream:
+            pictures = [picture for piece in stream for picture in piece.pictures]
+    assert [_colour(picture.pixels[0]) for picture in pictures] == list(range(40))
+    assert [picture.place for picture in pictures] == list(range(40))
+    assert max(asked) <= 7
+    assert sum(asked) == 40
 
 
 def test_stream_reads_the_next_shard_while_the_last_one_is_worked_on(lake: Lake) -> None:
