@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from flows.sections import Section
 from storage.schemas import SOURCES
@@ -104,6 +104,14 @@ class TrainSettings(Section):
     """Steps in a row that may be left out because their loss is not finite."""
     peak_flops: float | None = Field(default=None, gt=0)
     """Operations a second that the device could do, for the logged mfu; known for some GPUs."""
+
+    @field_validator("sql")
+    @classmethod
+    def _one_query(cls, given: str | None) -> str | None:
+        sql = given.strip().rstrip(";").rstrip() if given is not None else None
+        if sql == "":
+            raise ValueError("sql is empty; leave it out, or give a query")
+        return sql
 
     @model_validator(mode="after")
     def _check_together(self) -> TrainSettings:

@@ -71,7 +71,9 @@ def model_config(run: Run, vocab_size: int) -> MEDConfig:
 def _texts(lake: Lake, sql: str) -> Iterator[str]:
     """The distinct texts of a training set, sorted: what a vocabulary is learned from."""
     with connect(lake) as connection:
-        query = f"SELECT DISTINCT caption FROM ({sql}) WHERE caption IS NOT NULL ORDER BY caption"
+        query = (
+            f"SELECT DISTINCT caption FROM (\n{sql}\n) WHERE caption IS NOT NULL ORDER BY caption"
+        )
         found = connection.execute(query)
         while rows := found.fetchmany(TEXTS_AT_ONCE):
             yield from (row[0] for row in rows)

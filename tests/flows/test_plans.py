@@ -8,6 +8,7 @@ from cycle import tiny_settings
 from pictures import ingest_noise
 
 from flows import models
+from flows.errors import SettingsError
 from flows.session import Run
 from flows.settings import BootstrapSettings, parse_settings
 from flows.steps import plans
@@ -16,7 +17,7 @@ from flows.steps.plan import TrainPlan
 from flows.steps.train import train_model
 from storage import Lake, ModelRef, QueryRefused, open_trainset, query
 
-MINE = "SELECT image_id, upper(caption) AS caption, source FROM human WHERE caption LIKE '%red%'"
+MINE = "SELECT image_id, upper(caption) AS caption, source FROM human WHERE caption LIKE '%red%' -- mine"
 
 
 def _settings(folder: Path, **sections: Any) -> BootstrapSettings:
@@ -58,7 +59,9 @@ def test_retraining_by_the_settings_of_pretraining_still_reads_the_clean_set(pla
 def test_a_model_is_trained_on_the_rows_of_a_query(tmp_path: Path) -> None:
     lake = Lake.open(str(tmp_path / "lake"), create=True)
     ingest_noise(tmp_path, lake, 0, 24)
-    run = Run(lake, _settings(tmp_path, pretrain={"sql": MINE, "batch_size": 4}), 0)
+    early = {"dev_share": 0.3, "evaluate_every_steps": 5}
+    settings = _settings(tmp_path, pretrain={"sql": f"{MINE}\n;", "batch_size": 4} | early)
+    run = Run(lake, settings, 0)
     seen = []
     build = train_step.build_sets
 
@@ -69,7 +72,8 @@ def test_a_model_is_trained_on_the_rows_of_a_query(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_step, "build_sets", spy)
         train_model(run, plans.pretrain(run), lambda *_: None)
-    ((ref, _),) = seen
+    ((ref, dev),) = seen
+    assert dev is not None
     rows = open_trainset(lake, ref)
     captions = {rows.row(i).caption for i in range(len(rows))}
     assert captions
@@ -95,6 +99,11 @@ def test_a_query_that_gives_no_training_set_is_refused_before_any_compute(
     with pytest.raises(QueryRefused, match=said):
         train_model(run, plans.pretrain(run), lambda *_: None)
     assert not list(lake.scratch("train").iterdir())
+
+
+def test_an_empty_query_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"pretrain.sql: .*sql is empty"):
+        _settings(tmp_path, pretrain={"sql": " ; "})
 
 
 def test_crops_and_words_of_sides_are_as_the_settings_say(
