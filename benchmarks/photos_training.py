@@ -30,8 +30,8 @@ from photo_pairs import PairFeed, Split, encoded_split, pixel_batches, read_reco
 from blip_core import (
     MED,
     CaptionConfig,
-    Captioner,
     EncodedPairs,
+    MEDCaptioner,
     MEDConfig,
     MEDTokenizer,
     Metric,
@@ -331,7 +331,7 @@ def measured_captions(
     """Caption the first images of a split with beam search, and measure the captions."""
     chosen = split.names[: options.captions]
     decoding = CaptionConfig(decoding="beam", num_beams=3, max_new_tokens=20, min_new_tokens=4)
-    captioner = Captioner(model, tokenizer, decoding)
+    captioner = MEDCaptioner(model, tokenizer, decoding)
     captions: dict[str, str] = {}
     size = model.config.vision.image_size_px
     for pixel_values in pixel_batches(options.photos, chosen, size):

@@ -149,7 +149,8 @@ def test_photos_training_never_reads_the_test_split_when_it_ends_with_dev(
     arguments = ["--photos", photos, "--weights", start["weights"], "--text", start["text"]]
     options = training.parser().parse_args([*map(str, arguments), "--out", str(tmp_path / "out")])
     options.until, options.quick = "dev", True
-    options.phases = training.with_overrides(training.PHASES, ["all=null", "align.batch_size=8"])
+    overrides = ["match=null", "all=null", "align.batch_size=8"]
+    options.phases = training.with_overrides(training.PHASES, overrides)
     options.phases["align"] |= {"steps": 1, "warmup_steps": 0}
     result = training.run(options, config)
     assert result["split"] == "dev"
