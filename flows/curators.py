@@ -18,12 +18,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 
 from flows.errors import Stopped, WorkerDied
 from flows.session import Run
+from flows.steps.curate import Report
 from flows.steps.shard_jobs import ShardDone
 from flows.stopping import Stop
 from storage import ModelRef, PartRef
@@ -35,6 +36,13 @@ MAX_DEATHS = 3
 NUM_LAST_LINES = 20
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_TO_END = 20.0
+
+
+class SharedReport(Report, Protocol):
+    """Who is told how far all of them are."""
+
+    def give_back(self, pairs: PartRef) -> None:
+        """A shard that was under way is begun again: its process died."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -58,10 +66,10 @@ class Curators:
         run: Run,
         captioner: ModelRef | None,
         scorer: ModelRef | None,
-        tally: Any,
+        tally: SharedReport,
         stop: Stop,
     ) -> None:
-        """`tally` is told of images and shards, and of shards that are begun again."""
+        """Nothing is started yet; `tally` is told of all processes' work."""
         self._run, self._refs, self._tally, self._stop = run, (captioner, scorer), tally, stop
         self._processes = run.settings.machine.curate_processes
         self._free: deque[PartRef] = deque()

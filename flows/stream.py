@@ -116,8 +116,7 @@ class ImageStream(Generic[J]):
         self._lake, self._decoders = lake, decoders
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="read")
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
-        most = max(1, AHEAD_BYTES // max(1, decoders.image_bytes))
-        self._most_ahead = min(max(ahead, 2 * decoders.workers * CHUNK_IMAGES), most)
+        self.look_ahead(ahead)
         self._jobs = jobs
         self._plans: deque[Future[J | None]] = deque()
         for _ in range(plans_ahead):
@@ -142,6 +141,12 @@ class ImageStream(Generic[J]):
             item = self._queue.popleft()
             self._num_queued -= item.count
             yield self._piece_of(item, began)
+
+    def look_ahead(self, images: int) -> None:
+        """Let about so many images wait decoded from now on: more than the decoders have in hand, at most AHEAD_BYTES."""
+        least = 2 * self._decoders.workers * CHUNK_IMAGES
+        most = max(1, AHEAD_BYTES // max(1, self._decoders.image_bytes))
+        self._most_ahead = min(max(images, least), most)
 
     def close(self) -> None:
         """Drop what is ahead."""

@@ -102,23 +102,28 @@ class Curation:
                 self._finish(job)
         transforms = self._load()
         num_bytes = expected * sum(row.size for row in first.images)
-        ahead = 2 * max(each.size.images for each in self._at_work)
         with (
             decoders_of(self._run, transforms, num_bytes) as decoders,
             ImageStream(
                 self._run.lake,
                 chain([first], jobs),
                 decoders,
-                ahead=ahead,
+                ahead=self._wanted_ahead,
                 plans_ahead=plans_ahead,
             ) as stream,
         ):
             self._began = time.perf_counter()
             for piece in stream:
                 self._take(piece)
+                stream.look_ahead(self._wanted_ahead)
                 if self._stop.is_asked and (ended := self._ended(piece)):
                     return ended
         return "every shard is finished"
+
+    @property
+    def _wanted_ahead(self) -> int:
+        """Images of the next two batches, whose size may have been measured meanwhile."""
+        return 2 * max(each.size.images for each in self._at_work)
 
     @property
     def _at_work(self) -> list[ModelRunner]:

@@ -123,6 +123,33 @@ def test_stream_reads_the_next_shard_while_the_last_one_is_worked_on(lake: Lake)
     assert len(decoded) <= 2 * CHUNK_IMAGES + 8, "it read on without limit"
 
 
+def test_stream_decodes_further_ahead_when_batches_grow(lake: Lake) -> None:
+    job = _shard(lake, "s", [_png(i) for i in range(300)])
+    decoded: list[int] = []
+
+    class Counted(EvalTransform):
+        def pixels(self, image: Image.Image) -> np.ndarray:
+            decoded.append(0)
+            return super().pixels(image)
+
+    def settled(at_least: int) -> int:
+        until = time.monotonic() + 20
+        while len(decoded) < at_least and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        return len(decoded)
+
+    with Decoders([Counted(SIZE)], workers=1) as decoders:
+        decoded.clear()
+        with ImageStream(lake, iter([job]), decoders, ahead=1) as stream:
+            pieces = iter(stream)
+            next(pieces)
+            assert settled(32) <= 3 * CHUNK_IMAGES
+            stream.look_ahead(200)
+            next(pieces)
+            assert 200 <= settled(200) <= 200 + 3 * CHUNK_IMAGES
+
+
 def test_stream_raises_what_is_wrong_with_a_shard_after_the_shards_before_it(lake: Lake) -> None:
     good = _shard(lake, "good", [_png(i) for i in range(3)])
     planned = threading.Event()
