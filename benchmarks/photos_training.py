@@ -270,8 +270,8 @@ def show(log: TrainLog) -> None:
 
 def fitted_probes(
     model: MED, tokenizer: MEDTokenizer, splits: dict[str, Split], folder: Path
-) -> Callable[[str], dict[str, list[Metric]]]:
-    """Fit the probe on 1,500 and on all train images, by dev; returns what measures both on a split.
+) -> Callable[[str], dict[str, EncodedPairs]]:
+    """Fit the probe on 1,500 and on all train images, by dev; returns what gives their features of a split.
 
     `model` still has MiniLM's own weights; what it makes of the texts is kept in `folder`.
     """
@@ -298,31 +298,35 @@ def fitted_probes(
         ridges[f"probe, {size} images"] = ridge
         print(f"probe on {size} images: penalty {penalty}", flush=True)
 
-    def measure(name: str) -> dict[str, list[Metric]]:
-        split, found = splits[name], {}
-        for title, ridge in ridges.items():
-            rows = ridge(images[name]), ridge.centred(texts[name])
-            pairs = probe.as_pairs(*rows, split.captions)
-            recalls = evaluate_retrieval(model, tokenizer, pairs)
-            found[title] = [*recalls, probe.cosine_auc(pairs)]
-        return found
+    def on_split(name: str) -> dict[str, EncodedPairs]:
+        captions = splits[name].captions
+        return {
+            title: probe.as_pairs(ridge(images[name]), ridge.centred(texts[name]), captions)
+            for title, ridge in ridges.items()
+        }
 
-    return measure
+    return on_split
 
 
-def measured_model(
-    options: argparse.Namespace, model: MED, tokenizer: MEDTokenizer, split: Split
+def measured_pairs(
+    options: argparse.Namespace,
+    model: MED,
+    tokenizer: MEDTokenizer,
+    split: Split,
+    probes: dict[str, EncodedPairs],
 ) -> dict[str, list[Metric]]:
-    """Measure the trained model on a split, in float32."""
+    """Measure the probes and the trained model on a split, in float32."""
     pairs = held_out(model, tokenizer, split)
-    itc = evaluate_retrieval(model, tokenizer, pairs)
-    return {
-        "MED, ITC alone": [*itc, probe.cosine_auc(pairs)],
-        "MED, re-ranked": [
-            *evaluate_retrieval(model, tokenizer, pairs, rerank_k=options.rerank_k),
-            *evaluate_itm(model, tokenizer, pairs),
-        ],
-    }
+    found = {}
+    for title, each in {**probes, "MED, ITC alone": pairs}.items():
+        recalls = evaluate_retrieval(model, tokenizer, each)
+        found[title] = [*recalls, probe.cosine_auc(each)]
+    found["MED, re-ranked"] = [
+        *evaluate_retrieval(model, tokenizer, pairs, rerank_k=options.rerank_k),
+        *evaluate_itm(model, tokenizer, pairs),
+    ]
+    gains = {f"MED, ITC minus {title}": probe.gains(pairs, each) for title, each in probes.items()}
+    return found | gains
 
 
 def measured_captions(
@@ -357,13 +361,13 @@ def run(options: argparse.Namespace, config: MEDConfig) -> dict[str, Any]:
             path = options.out / f"tokens-{name}.npy"
             splits[name] = encoded_split(model, options.photos, records, path)
     with clock.time("probe"):
-        measure_probe = fitted_probes(model, tokenizer, splits, options.out)
+        probes = fitted_probes(model, tokenizer, splits, options.out)
     phases = run_phases(options, model, tokenizer, splits, clock)
     save_model(model, tokenizer, options.out / "final")
     with clock.time("evaluation"):
-        metrics = measure_probe(options.until)
-        metrics |= measured_model(options, model, tokenizer, splits[options.until])
-        found, captions = measured_captions(options, model, tokenizer, splits[options.until])
+        split = splits[options.until]
+        metrics = measured_pairs(options, model, tokenizer, split, probes(options.until))
+        found, captions = measured_captions(options, model, tokenizer, split)
         metrics["captions"] = found
     return {
         "split": options.until,
