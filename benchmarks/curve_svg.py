@@ -21,6 +21,8 @@ PANELS = (
 COLOURS = ("#1f5fa8", "#c2571a")
 WIDTH, HEIGHT, COLUMNS = 300, 170, 3
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 26, 26
+FEW = 10
+"""Curves of fewer points show each of them."""
 Point = tuple[float, float]
 
 
@@ -107,6 +109,11 @@ def _panel(
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
         )
+        if len(points) < FEW:
+            parts += [
+                f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="2" fill="{colour}"/>'
+                for step, value in points
+            ]
         if len(curves) > 1:
             place = TOP + 4 + 12 * number
             parts.append(f'<text x="{LEFT + 6}" y="{place}" fill="{colour}">{escape(name)}</text>')

@@ -16,30 +16,31 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import probe
 import torch
 from curve_svg import draw_curves
-from photo_pairs import PairFeed, Split, encoded_split, pixel_batches, read_records
+from photo_figures import (
+    MAX_TEXT_TOKENS,
+    fitted_probes,
+    held_out,
+    measured_captions,
+    measured_pairs,
+    values_of,
+)
+from photo_pairs import PairFeed, Split, encoded_split, read_records
 
 from blip_core import (
     MED,
-    CaptionConfig,
-    Captioner,
-    EncodedPairs,
     MEDConfig,
     MEDTokenizer,
-    Metric,
     TrainConfig,
     TrainLog,
     build_model,
-    caption_metrics,
-    encode_pairs,
     evaluate_itm,
     evaluate_retrieval,
     init_from_bert,
@@ -50,11 +51,9 @@ from blip_core import (
 from blip_core.dev_losses import dev_losses
 
 NUM_TEST = 500
-NUM_PROBE = 1500
 IMAGE_SIZE_PX = 168
 TEXT_DEPTH = 6
 RERANK_K = 8
-MAX_TEXT_TOKENS = 24
 COMMON: dict[str, Any] = {
     "min_learning_rate": 1e-6,
     "adam_beta2": 0.98,
@@ -169,18 +168,6 @@ def small_config(options: argparse.Namespace) -> MEDConfig:
     return dataclasses.replace(config, text=text)
 
 
-def held_out(model: MED, tokenizer: MEDTokenizer, split: Split) -> EncodedPairs:
-    """Encode a split from its vision tokens."""
-    return encode_pairs(
-        model,
-        tokenizer,
-        split.token_batches(),
-        split.captions,
-        max_text_tokens=MAX_TEXT_TOKENS,
-        max_held_bytes=4 << 30,
-    )
-
-
 def dev_evaluation(
     tokenizer: MEDTokenizer, dev: Split, config: TrainConfig
 ) -> Callable[[MED, int], dict[str, float]]:
@@ -203,11 +190,6 @@ def dev_evaluation(
         return numbers | dev_losses(model, tokenizer, batches, config, vision_frozen=True)
 
     return evaluate
-
-
-def values_of(metrics: Sequence[Metric]) -> dict[str, float]:
-    """Return metrics by name, without their intervals."""
-    return {metric.name: metric.value for metric in metrics}
 
 
 def run_phases(
@@ -268,80 +250,6 @@ def show(log: TrainLog) -> None:
     print(json.dumps(rounded | clocks), flush=True)
 
 
-def fitted_probes(
-    model: MED, tokenizer: MEDTokenizer, splits: dict[str, Split], folder: Path
-) -> Callable[[str], dict[str, list[Metric]]]:
-    """Fit the probe on 1,500 and on all train images, by dev; returns what measures both on a split.
-
-    `model` still has MiniLM's own weights; what it makes of the texts is kept in `folder`.
-    """
-    images, texts = {}, {}
-    for name, split in splits.items():
-        images[name] = probe.image_features(split.tokens)
-        flat = [text for of_image in split.captions for text in of_image]
-        path = folder / f"probe-{name}.pt"
-        if not path.exists():
-            partial = path.with_suffix(".tmp")
-            torch.save(probe.text_features(model, tokenizer, flat), partial)
-            partial.replace(path)
-        texts[name] = torch.load(path)
-    index = probe.index_of(splits["train"].captions)
-    counts = torch.bincount(index)[:, None]
-    means = torch.zeros(len(counts), texts["train"].shape[1]).index_add_(0, index, texts["train"])
-    means = means / counts
-    dev_index = probe.index_of(splits["dev"].captions)
-    ridges = {}
-    for size in sorted({min(NUM_PROBE, len(means)), len(means)}):
-        ridge, penalty = probe.best_ridge(
-            images["train"][:size], means[:size], images["dev"], texts["dev"], dev_index
-        )
-        ridges[f"probe, {size} images"] = ridge
-        print(f"probe on {size} images: penalty {penalty}", flush=True)
-
-    def measure(name: str) -> dict[str, list[Metric]]:
-        split, found = splits[name], {}
-        for title, ridge in ridges.items():
-            rows = ridge(images[name]), ridge.centred(texts[name])
-            pairs = probe.as_pairs(*rows, split.captions)
-            recalls = evaluate_retrieval(model, tokenizer, pairs)
-            found[title] = [*recalls, probe.cosine_auc(pairs)]
-        return found
-
-    return measure
-
-
-def measured_model(
-    options: argparse.Namespace, model: MED, tokenizer: MEDTokenizer, split: Split
-) -> dict[str, list[Metric]]:
-    """Measure the trained model on a split, in float32."""
-    pairs = held_out(model, tokenizer, split)
-    itc = evaluate_retrieval(model, tokenizer, pairs)
-    return {
-        "MED, ITC alone": [*itc, probe.cosine_auc(pairs)],
-        "MED, re-ranked": [
-            *evaluate_retrieval(model, tokenizer, pairs, rerank_k=options.rerank_k),
-            *evaluate_itm(model, tokenizer, pairs),
-        ],
-    }
-
-
-def measured_captions(
-    options: argparse.Namespace, model: MED, tokenizer: MEDTokenizer, split: Split
-) -> tuple[list[Metric], dict[str, str]]:
-    """Caption the first images of a split with beam search, and measure the captions."""
-    chosen = split.names[: options.captions]
-    decoding = CaptionConfig(decoding="beam", num_beams=3, max_new_tokens=20, min_new_tokens=4)
-    captioner = Captioner(model, tokenizer, decoding)
-    captions: dict[str, str] = {}
-    size = model.config.vision.image_size_px
-    for pixel_values in pixel_batches(options.photos, chosen, size):
-        names = chosen[len(captions) : len(captions) + len(pixel_values)]
-        found = captioner.caption(pixel_values, names)
-        captions |= {name: rows[0].text for name, rows in zip(names, found, strict=True)}
-    references = dict(zip(chosen, split.captions, strict=False))  # of the first images alone
-    return caption_metrics(captions, references), captions
-
-
 def run(options: argparse.Namespace, config: MEDConfig) -> dict[str, Any]:
     """Train, measure, and return everything that the page needs."""
     options.out.mkdir(parents=True, exist_ok=True)
@@ -357,13 +265,17 @@ def run(options: argparse.Namespace, config: MEDConfig) -> dict[str, Any]:
             path = options.out / f"tokens-{name}.npy"
             splits[name] = encoded_split(model, options.photos, records, path)
     with clock.time("probe"):
-        measure_probe = fitted_probes(model, tokenizer, splits, options.out)
+        probes = fitted_probes(model, tokenizer, splits, options.out)
     phases = run_phases(options, model, tokenizer, splits, clock)
     save_model(model, tokenizer, options.out / "final")
     with clock.time("evaluation"):
-        metrics = measure_probe(options.until)
-        metrics |= measured_model(options, model, tokenizer, splits[options.until])
-        found, captions = measured_captions(options, model, tokenizer, splits[options.until])
+        split = splits[options.until]
+        metrics = measured_pairs(
+            model, tokenizer, split, probes(options.until), rerank_k=options.rerank_k
+        )
+        found, captions = measured_captions(
+            options.photos, model, tokenizer, split, options.captions
+        )
         metrics["captions"] = found
     return {
         "split": options.until,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from blip_core import MED, EncodedPairs, MEDTokenizer, Metric, clean_caption
-from blip_core.evaluation import retrieval_recalls
-from blip_core.intervals import auc_metric
+from blip_core.evaluation import RECALL_AT, retrieval_ranks, retrieval_recalls
+from blip_core.intervals import auc_metric, measured, weighted_mean
 
 RIDGES = (1.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0)
 _TEXT_BATCH = 256
@@ -107,3 +107,23 @@ def cosine_auc(pairs: EncodedPairs, *, seed: int = 0) -> Metric:
     sim = (pairs.image_features @ pairs.text_features.T).double().numpy()
     true, wrong = sim[images, np.arange(len(images))], sim[images, other]
     return auc_metric("cosine_auc_random", true, wrong, images)
+
+
+def gains(ours: EncodedPairs, theirs: EncodedPairs) -> list[Metric]:
+    """Return recalls of `ours` minus those of `theirs`, by cosine, with intervals of the difference.
+
+    Both hold the same images and texts: an image that is drawn again counts for both, so that what is hard
+    for both does not widen the interval.
+    """
+    ranks = [
+        retrieval_ranks(pairs.image_features @ pairs.text_features.T, pairs.text_image_index)
+        for pairs in (ours, theirs)
+    ]
+    of_text = ours.text_image_index.numpy()
+    num_images, found = len(ours.image_features), []
+    for side, (name, images) in enumerate((("i2t", np.arange(num_images)), ("t2i", of_text))):
+        for k in RECALL_AT:
+            hits = [(pair[side] < k).double().numpy() for pair in ranks]
+            statistic = weighted_mean(hits[0] - hits[1], images, num_images)
+            found.append(measured(f"{name}_r{k}", statistic, num_images, n=len(hits[0])))
+    return found

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from blip_core import MEDConfig, MEDTokenizer, build_model
+from blip_core import MEDConfig, MEDTokenizer, build_model, retrieval_recalls
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 COLOURS = ("red", "green", "blue", "white")
@@ -149,7 +149,9 @@ def test_photos_training_never_reads_the_test_split_when_it_ends_with_dev(
     arguments = ["--photos", photos, "--weights", start["weights"], "--text", start["text"]]
     options = training.parser().parse_args([*map(str, arguments), "--out", str(tmp_path / "out")])
     options.until, options.quick = "dev", True
-    options.phases = training.with_overrides(training.PHASES, ["all=null", "align.batch_size=8"])
+    options.phases = training.with_overrides(
+        training.PHASES, ["match=null", "all=null", "align.batch_size=8"]
+    )
     options.phases["align"] |= {"steps": 1, "warmup_steps": 0}
     result = training.run(options, config)
     assert result["split"] == "dev"
@@ -222,6 +224,16 @@ def test_probe_finds_a_linear_map_and_chooses_its_penalty_by_dev(
     assert penalty < max(probe.RIDGES)
     pairs = probe.as_pairs(ridge(test), ridge.centred(texts[150:]), captions)
     assert probe.cosine_auc(pairs).value > 0.95
+    assert all(gain.low == gain.value == gain.high == 0 for gain in probe.gains(pairs, pairs))
+    upside_down = probe.as_pairs(-ridge(test), ridge.centred(texts[150:]), captions)
+    gain = probe.gains(pairs, upside_down)[0]
+    found, lost = (
+        retrieval_recalls(each.image_features @ each.text_features.T, index)["i2t_r1"]
+        for each in (pairs, upside_down)
+    )
+    assert gain.name == "i2t_r1"
+    assert gain.value == pytest.approx(found - lost)
+    assert 0 < gain.low <= gain.value <= gain.high
 
 
 def test_probe_takes_cls_and_the_mean_of_the_patches(modules: dict[str, ModuleType]) -> None:

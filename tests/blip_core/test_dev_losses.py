@@ -78,7 +78,14 @@ def test_training_ends_with_the_model_of_the_least_dev_loss(
         image_ids=[f"dev-{name}" for name in batch.image_ids],
         pixel_values=batch.pixel_values,
     )
-    config = _config(objectives=("lm",), best_metric="dev_loss", evaluate_every_steps=3, patience=2)
+    config = _config(
+        objectives=("lm",),
+        steps=60,
+        learning_rate=1e-2,  # learned by heart within 20 steps, whatever the CPU's last bits
+        best_metric="dev_loss",
+        evaluate_every_steps=3,
+        patience=3,
+    )
     result = train(
         model,
         tokenizer,
@@ -89,7 +96,7 @@ def test_training_ends_with_the_model_of_the_least_dev_loss(
     )
     seen = {line["step"]: line["dev_loss"] for line in result.history if "dev_loss" in line}
     assert result.best_step == min(seen, key=seen.__getitem__)
-    assert result.steps < 30, (
+    assert result.steps < 60, (
         "captions of other pictures get worse while these are learned by heart"
     )
     now = dev_losses(model, tokenizer, [other], config)["dev_loss"]
