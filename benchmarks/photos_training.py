@@ -102,8 +102,8 @@ PHASES: dict[str, dict[str, Any]] = {
         "evaluate_every_steps": 150,
     },
 }
-"""Each phase starts from the best model of the one before. Contrasting alone is cheap, so most pairs go
-there; captioning comes last, because its gradient is many times that of matching and would drown it."""
+"""Each phase starts from the best model of the one before. Contrasting alone is cheap, so most pairs go there;
+captioning comes last, because a step with it costs half as much again."""
 
 
 @dataclass(slots=True)
