@@ -12,6 +12,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from storage import Lake, drop_part, list_parts
+
 ROOT = Path(__file__).resolve().parents[2]
 VARYING = {
     "pairs": ["fetched_at"],
@@ -89,6 +91,22 @@ def copied(finished: FinishedCycle, folder: Path) -> FinishedCycle:
     return FinishedCycle(
         folder=folder, lake=lake, config=config, settings=settings, output=finished.output
     )
+
+
+def before_captioning(finished: FinishedCycle, folder: Path) -> FinishedCycle:
+    """A copy as the lake stood with the models of round 1 and neither captions nor scores of it.
+
+    Other tests of the session may have added a round to the original.
+    """
+    cycle = copied(finished, folder)
+    for path in sorted(cycle.lake.rglob("*0002")):
+        if path.name in ("0002", "round=0002") and path.is_dir():
+            shutil.rmtree(path)
+    lake = Lake.open(str(cycle.lake))
+    for table in ("captions", "scores"):
+        for part in list_parts(lake, table, 1):
+            drop_part(lake, part)
+    return cycle
 
 
 def bootstrap(

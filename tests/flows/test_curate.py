@@ -11,7 +11,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from cycle import FinishedCycle, bootstrap, copied, file_hashes
+from cycle import FinishedCycle, before_captioning, bootstrap, file_hashes
 
 from blip_core import CaptionConfig, Captioner, MEDCaptioner, MEDScorer
 from flows import models
@@ -41,12 +41,7 @@ TABLES = ("tables/captions/round=0001", "tables/scores/round=0001")
 @pytest.fixture
 def cycle(finished: FinishedCycle, tmp_path: Path) -> FinishedCycle:
     """A lake whose round 1 has its models, and neither captions nor scores of its own."""
-    cycle = copied(finished, tmp_path)
-    lake = Lake.open(str(cycle.lake))
-    for table in ("captions", "scores"):
-        for part in list_parts(lake, table, 1):
-            drop_part(lake, part)
-    return cycle
+    return before_captioning(finished, tmp_path)
 
 
 def _run(cycle: FinishedCycle, **changes: Any) -> Run:

@@ -11,7 +11,14 @@ from typing import Any
 
 import psutil
 import pytest
-from cycle import FinishedCycle, bootstrap, command_environment, copied, file_hashes, write_settings
+from cycle import (
+    FinishedCycle,
+    before_captioning,
+    bootstrap,
+    command_environment,
+    file_hashes,
+    write_settings,
+)
 
 from flows import models
 from flows.curators import Curators
@@ -22,7 +29,7 @@ from flows.steps.curate_shards import Tally
 from flows.steps.shard_jobs import ShardDone
 from flows.steps.shards import web_parts
 from flows.stopping import Stop
-from storage import CorruptShard, Lake, LakeBusy, drop_part, layout, list_parts
+from storage import CorruptShard, Lake, LakeBusy, layout, list_parts
 
 TABLES = ("tables/captions/round=0001", "tables/scores/round=0001")
 SLOW = """
@@ -42,12 +49,7 @@ if "flows.curator" in sys.orig_argv:
 @pytest.fixture
 def cycle(finished: FinishedCycle, tmp_path: Path) -> FinishedCycle:
     """A lake whose round 1 has its models, and neither captions nor scores of its own."""
-    cycle = copied(finished, tmp_path)
-    lake = Lake.open(str(cycle.lake))
-    for table in ("captions", "scores"):
-        for part in list_parts(lake, table, 1):
-            drop_part(lake, part)
-    return cycle
+    return before_captioning(finished, tmp_path)
 
 
 def _slowed(folder: Path, monkeypatch: pytest.MonkeyPatch, before_each: str) -> str:

@@ -11,10 +11,17 @@ from typing import Any
 
 import psutil
 import pytest
-from cycle import FinishedCycle, bootstrap, command_environment, copied, file_hashes, write_settings
+from cycle import (
+    FinishedCycle,
+    before_captioning,
+    bootstrap,
+    command_environment,
+    file_hashes,
+    write_settings,
+)
 
 from flows.settings import merge
-from storage import Lake, drop_part, layout, list_parts
+from storage import layout
 
 CAPTIONS = "tables/captions/round=0001"
 Start = Callable[..., subprocess.Popen[str]]
@@ -23,11 +30,7 @@ Start = Callable[..., subprocess.Popen[str]]
 @pytest.fixture
 def cycle(finished: FinishedCycle, tmp_path: Path) -> FinishedCycle:
     """A lake whose round 1 has its captioner and no captions."""
-    cycle = copied(finished, tmp_path)
-    lake = Lake.open(str(cycle.lake))
-    for part in list_parts(lake, "captions", 1):
-        drop_part(lake, part)
-    return cycle
+    return before_captioning(finished, tmp_path)
 
 
 @pytest.fixture
