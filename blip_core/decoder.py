@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blip_core.attention import attend
 from blip_core.decoding import close_ranks
+from blip_core.ragged import places
 from blip_core.text import TextLayer
 
 if TYPE_CHECKING:
@@ -90,13 +91,7 @@ class MEDDecoder:
         if len(image_of) == len(expected) and torch.equal(image_of, expected):
             self._grid = None
             return
-        by_image = image_of.argsort(stable=True)
-        counts = torch.bincount(image_of, minlength=self._num_images)
-        starts = counts.cumsum(0) - counts
-        column = torch.empty_like(image_of)
-        ranks = torch.arange(len(image_of), device=image_of.device)
-        column[by_image] = ranks - starts[image_of[by_image]]
-        self._grid = (image_of, column)
+        self._grid = (image_of, places(image_of, self._num_images))
 
     def _remember(
         self, layer: TextLayer, index: int, hidden: Tensor, mask: Tensor | None

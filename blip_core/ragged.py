@@ -61,13 +61,8 @@ class Asking:
     @classmethod
     def of(cls, image_of: Tensor, num_images: int) -> "Asking":
         """Lay out tokens by the image that each of them asks."""
-        by_image = image_of.argsort(stable=True)
-        counts = torch.bincount(image_of, minlength=num_images)
-        starts = counts.cumsum(0) - counts
-        place = torch.empty_like(image_of)
-        ranks = torch.arange(len(image_of), device=image_of.device)
-        place[by_image] = ranks - starts[image_of[by_image]]
-        return cls(image_of, place, int(counts.max()))
+        place = places(image_of, num_images)
+        return cls(image_of, place, int(place.max()) + 1)
 
     def ask(self, layer: TextLayer, hidden: Tensor, image_kv: KeyValue) -> Tensor:
         """(T, D) -> (T, D): cross-attention of one layer."""
@@ -79,6 +74,17 @@ class Asking:
         mixed = attend(heads, key, value, None).transpose(1, 2).reshape(grid.shape)
         normed: Tensor = attention.norm(hidden + attention.output(mixed[self.image_of, self.place]))
         return normed
+
+
+def places(image_of: Tensor, num_images: int) -> Tensor:
+    """Count each row (N,) among those of its image, from 0 and in order: (N,) images -> (N,) int64."""
+    by_image = image_of.argsort(stable=True)
+    counts = torch.bincount(image_of, minlength=num_images)
+    starts = counts.cumsum(0) - counts
+    place = torch.empty_like(image_of)
+    ranks = torch.arange(len(image_of), device=image_of.device)
+    place[by_image] = ranks - starts[image_of[by_image]]
+    return place
 
 
 def first_states(
