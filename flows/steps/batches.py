@@ -16,7 +16,7 @@ from flows.batch_size import free_memory, is_out_of_memory
 from flows.decoders import Decoders
 from flows.session import Run
 from flows.stream import ImageRow, ImageStream, Picture
-from storage import CorruptShard, Counts
+from storage import Counts
 from storage.schemas import OK, schema_of
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def image_batches(
 ) -> Iterator[ImageBatch]:
     """Images in the order of `rows`, read and decoded by threads ahead of the model.
 
-    Raises CorruptShard when a shard does not hold an image.
+    An image that its shard has lost is one of the failed, like one that cannot be decoded.
     """
     workers = max(1, run.settings.machine.decode_workers)
     jobs = iter([_Rows(images=rows)])
@@ -64,9 +64,6 @@ def image_batches(
 
 
 def _gather(pictures: list[Picture], transform: ImageTransform) -> ImageBatch:
-    for picture in pictures:
-        if picture.is_unreadable:
-            raise CorruptShard(picture.error)
     good = [picture for picture in pictures if picture.error is None]
     return ImageBatch(
         rows=tuple(picture.row for picture in good),
