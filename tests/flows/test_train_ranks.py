@@ -117,12 +117,13 @@ def test_rank_killed_in_the_middle_ends_the_others_and_the_same_command_goes_on_
         "pretrain": {"steps": 30, "checkpoint_every_steps": 4, "log_every_steps": 1},
     }
     run = Run(run.lake, run.settings.with_changes(changes), 0)
+    strangers = set(psutil.Process().children(recursive=True))  # of tests before this one
     family: list[psutil.Process] = []
 
     def kill(step: int, *_: object) -> None:
         if step < 10 or family:
             return
-        family.extend(psutil.Process().children(recursive=True))
+        family.extend(set(psutil.Process().children(recursive=True)) - strangers)
         victims = [each for each in family if each.environ().get("RANK") == "1"]
         assert len(family) >= 3, "torchrun and two ranks"
         os.kill(victims[0].pid, signal.SIGKILL)
