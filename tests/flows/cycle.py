@@ -93,15 +93,20 @@ def copied(finished: FinishedCycle, folder: Path) -> FinishedCycle:
     )
 
 
+def drop_later_rounds(lake: Path) -> None:
+    """Take away what a second round has added to a copied lake."""
+    for path in sorted(lake.rglob("*0002")):
+        if path.name in ("0002", "round=0002") and path.is_dir():
+            shutil.rmtree(path)
+
+
 def before_captioning(finished: FinishedCycle, folder: Path) -> FinishedCycle:
     """A copy as the lake stood with the models of round 1 and neither captions nor scores of it.
 
     Other tests of the session may have added a round to the original.
     """
     cycle = copied(finished, folder)
-    for path in sorted(cycle.lake.rglob("*0002")):
-        if path.name in ("0002", "round=0002") and path.is_dir():
-            shutil.rmtree(path)
+    drop_later_rounds(cycle.lake)
     lake = Lake.open(str(cycle.lake))
     for table in ("captions", "scores"):
         for part in list_parts(lake, table, 1):

@@ -7,7 +7,7 @@ from pathlib import Path
 import foreign_models
 import pytest
 import torch
-from cycle import FinishedCycle, bootstrap, stamps, write_settings
+from cycle import FinishedCycle, bootstrap, drop_later_rounds, stamps, write_settings
 
 from blip_core import MED, BlipError, CheckpointError, MEDCaptioner, save_official
 from flows import models
@@ -48,6 +48,7 @@ def taken_in(finished: FinishedCycle, tmp_path: Path) -> FinishedCycle:
     shutil.copytree(finished.lake, lake)
     for folder in (*(f"tables/{name}" for name in MADE), "models", "rounds", "reports"):
         shutil.rmtree(lake / folder, ignore_errors=True)
+    drop_later_rounds(lake)
     settings = finished.settings | {"machine": finished.settings["machine"] | {"lake": str(lake)}}
     config = write_settings(tmp_path / "tiny.yaml", settings)
     return FinishedCycle(tmp_path, lake, config, settings, "")

@@ -140,7 +140,7 @@ def test_odd_pictures_and_texts_have_an_outcome_each_and_neighbours_keep_theirs(
     expected = {
         name: query(
             run.lake,
-            "SELECT caption, mean_logprob FROM captions WHERE source = 'synthetic' "
+            "SELECT caption, mean_logprob FROM captions WHERE source = 'synthetic' AND round = 1 "
             f"AND image_id = '{image_id(data)}'",
         ).to_pylist()
         for name, data in sound.items()
