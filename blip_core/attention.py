@@ -25,7 +25,7 @@ def attend(
 
     `mask` is boolean and broadcasts to (B, H, L, M), True = attend. `dropout_p` drops attention weights.
     On a CPU a training pass mostly multiplies matrices outright, which took 0.4 to 0.9 of the time of PyTorch's
-    fused kernel there; so does inference in bfloat16 (0.2 to 0.7), and by few tokens. The fused kernel wins in
+    fused kernel there; so does inference in bfloat16 (0.13 to 0.7), and by few tokens. The fused kernel wins in
     float32 where many tokens meet many and nothing is dropped. The rule is fixed: a choice by a stopwatch would
     change the last bits of a result from run to run.
     """
