@@ -14,7 +14,8 @@ from storage.fingerprint import basis_of, canonical, explain
 from storage.lake import Lake
 from storage.tables import commit_part, committed_part, list_parts
 
-RoundStatus = Literal["running", "promoted", "refused", "failed"]
+RoundStatus = Literal["running", "promoted", "refused", "needs a person", "rolled back", "failed"]
+"""`running` is unfinished; `rolled back` was champion until somebody went back to an earlier one."""
 
 _MAPPINGS = ("settings", "counts", "seconds", "device_seconds", "speed")
 
@@ -40,6 +41,8 @@ class RoundRecord:
     device_seconds: Mapping[str, float] = field(default_factory=dict)
     speed: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """By training: images_per_s, memory_gib and, where the device's peak is known, mfu."""
+    decided_by: Literal["gate", "hand"] | None = None
+    """Who gave the status that it ended with; null while running and in records of older versions."""
 
     def __post_init__(self) -> None:
         """Rounds count from 1."""
@@ -168,7 +171,7 @@ def _unpacked(row: dict[str, Any]) -> RoundRecord:
         name: datetime.fromisoformat(row[name]) if row[name] else None
         for name in ("started_at", "finished_at")
     }
-    row.setdefault("speed", "{}")  # records of older versions have none
+    row.setdefault("speed", "{}")  # records of older versions have none, nor a decided_by
     return RoundRecord(**row | times | {name: json.loads(row[name]) for name in _MAPPINGS})
 
 
