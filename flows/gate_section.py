@@ -21,17 +21,18 @@ class GateRule(Section):
     """Dataset of the figure in `metrics`: of the challenger (heldout), the captions or the filter of the round."""
     metric: str = Field(min_length=1)
     """Name of the figure in `metrics`."""
-    against: Literal["champion", "first", "last", "nothing"]
-    """champion: the model that the round began with; first: the first round that was promoted (in a lake
-    without one, the human captions); last: the last round that was promoted; nothing: the figure itself."""
+    against: Literal["champion", "best", "first", "last", "nothing"]
+    """champion: the model that the round began with; best: of the promoted rounds the one with the largest
+    figure; first: the first promoted round (in a lake without one, the human captions); last: the last promoted
+    round; nothing: the figure itself."""
     compare: Literal["difference", "ratio", "value"] = "difference"
     """Figure minus reference, figure over reference, or the figure itself (with against: nothing)."""
     end: Literal["value", "low", "high"] = "value"
     """What is held against the limit: the number, or an end of its 95 % interval."""
     direction: Literal["at_least", "at_most"] = "at_least"
     """Which side of the limit is right."""
-    limit: float | None = None
-    """The limit; null is minus `max_recall_drop`, for rules on mean_recall against the champion."""
+    limit: float
+    """The limit. `max_recall_drop` lowers it for rules on mean_recall against champion or best."""
     if_failed: Literal["refuse", "person"] = "person"
     """Whether a failure refuses the round, or asks a person."""
     if_absent: Literal["pass", "person"] = "pass"
@@ -39,8 +40,9 @@ class GateRule(Section):
 
     @property
     def is_headline(self) -> bool:
-        """Whether this is about the mean recall of challenger and champion."""
-        return (self.dataset, self.metric, self.against) == ("heldout", HEADLINE, "champion")
+        """Whether this is about the mean recall of the challenger and an earlier champion."""
+        of_models = self.against in ("champion", "best")
+        return of_models and (self.dataset, self.metric) == ("heldout", HEADLINE)
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
@@ -53,11 +55,10 @@ class GateRule(Section):
             raise ValueError(
                 f"end: {self.end} of a ratio; only values and differences have intervals"
             )
-        if self.limit is None and not self.is_headline:
-            raise ValueError("limit is missing")
-        if self.against == "champion" and self.dataset != "heldout":
+        if self.against in ("champion", "best") and self.dataset != "heldout":
             raise ValueError(
-                f"against: champion with dataset {self.dataset}; only heldout figures are of a champion"
+                f"against: {self.against} with dataset {self.dataset}; only heldout figures are of a model "
+                "that was champion; give first or last"
             )
         return self
 
@@ -75,10 +76,11 @@ def _differs(dataset: str, metric: str, against: str, limit: float, **more: str)
 _RECALL = {"dataset": "heldout", "metric": HEADLINE, "against": "champion"}
 
 DEFAULT_RULES: dict[str, dict[str, Any]] = {
-    # The paired difference of mean recall: refused when all of its interval is below the tolerance, and a person
-    # is asked when the number is below it and the interval is not.
-    "recall_clearly_worse": _RECALL | {"end": "high", "if_failed": "refuse"},
-    "recall_below_champion": _RECALL | {"end": "value", "if_failed": "person"},
+    # The paired difference of mean recall: refused when all of its interval is below nothing lost; a person is
+    # asked when more than a hundredth is lost and it may yet be chance, or when small losses have added up.
+    "recall_clearly_worse": _RECALL | {"limit": 0.0, "end": "high", "if_failed": "refuse"},
+    "recall_below_champion": _RECALL | {"limit": -0.01},
+    "recall_below_best": _RECALL | {"against": "best", "limit": -0.02},
     # Collapse: what a captioner loses that feeds on its own texts. On the same images in every round.
     "distinct_share_first": _captions("distinct_share", "first", 0.5, if_failed="refuse"),
     "distinct_share_last": _captions("distinct_share", "last", 0.7),
@@ -141,13 +143,14 @@ class GateSettings(Section):
 
     @property
     def table(self) -> dict[str, GateRule]:
-        """The rules that hold, with every limit as a number."""
-        tolerance = {"limit": -self.max_recall_drop}
-        return {
-            name: rule if rule.limit is not None else rule.model_copy(update=tolerance)
-            for name, rule in self.rules.items()
-            if rule is not None
-        }
+        """The rules that hold, with `max_recall_drop` taken from their limits."""
+        held: dict[str, GateRule] = {}
+        for name, rule in self.rules.items():
+            if rule is not None and rule.is_headline:
+                held[name] = rule.model_copy(update={"limit": rule.limit - self.max_recall_drop})
+            elif rule is not None:
+                held[name] = rule
+        return held
 
 
 def gate_basis(settings: GateSettings) -> dict[str, Any]:

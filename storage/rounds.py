@@ -12,7 +12,7 @@ from storage import layout
 from storage.errors import CorruptData, SettingsChanged
 from storage.fingerprint import basis_of, canonical, explain
 from storage.lake import Lake
-from storage.tables import commit_part, committed_part, list_parts
+from storage.tables import commit_part, committed_part, list_parts, read_part
 
 RoundStatus = Literal["running", "promoted", "refused", "needs a person", "rolled back", "failed"]
 """`running` is unfinished; `rolled back` was champion until somebody went back to an earlier one."""
@@ -91,8 +91,7 @@ def begin_round(
             champion_before=champion_before,
             started_at=datetime.now(UTC),
         )
-    # Killed between record and part, the part is missing.
-    if began is None or committed_part(lake, "rounds", PART, round=round) is None:
+    if began is None or not in_table(lake, record):
         write_round(lake, record)
     return record
 
@@ -118,6 +117,16 @@ def write_round(lake: Lake, record: RoundRecord) -> None:
     basis = basis_of("round", 1, {"round": record.round}, [])
     rows = pa.Table.from_pylist([row])
     commit_part(lake, "rounds", PART, rows, round=record.round, basis=basis)
+
+
+def in_table(lake: Lake, record: RoundRecord) -> bool:
+    """Whether the rounds table says what the record says; killed between the two, it does not."""
+    ref = committed_part(lake, "rounds", PART, round=record.round)
+    if ref is None:
+        return False
+    found = read_part(lake, ref).to_pylist()[0]
+    row = _packed(record)
+    return {name: found.get(name) for name in row} == row
 
 
 def read_round(lake: Lake, round: int) -> RoundRecord | None:

@@ -164,7 +164,7 @@ GATE_RULES = pa.schema(
         _column("high", _FLOAT, "upper end of the 95 % interval of value"),
         _column("limit", _FLOAT, "the limit", False),
         _column("direction", _TEXT, "at_least or at_most", False),
-        _column("against", _TEXT, "champion, first, last or nothing", False),
+        _column("against", _TEXT, "champion, best, first, last or nothing", False),
         _column("outcome", _TEXT, "pass, fail or not measured", False),
         _column("verdict_if_failed", _TEXT, "refuse or person", False),
         _column("why", _TEXT, "the rule's finding in words", False),

@@ -68,7 +68,7 @@ def judge(run: Run, champion: ModelRef, challenger: ModelRef) -> Verdict:
                 rule,
                 asked.figure(rule),
                 asked.reference(rule),
-                asked.paired if rule.is_headline else lambda: None,
+                asked.paired if rule.is_headline and rule.against == "champion" else lambda: None,
             )
             for name, rule in run.settings.gate.table.items()
         )
@@ -149,11 +149,11 @@ class _Asked:
         if rule.against == "champion":
             model_id = self.champion.model_id
             return self._read(rule, self.run.round, model_id, f"champion {model_id[:8]}")
+        if rule.against == "best":
+            found = [figure for number in self.before if (figure := self._earlier(rule, number))]
+            return max(found, key=lambda figure: figure.value, default=None)
         if self.before:
-            round = self.before[0 if rule.against == "first" else -1]
-            model = registry.find(self.run.lake, "med", round)
-            model_id = model.model_id if model and rule.dataset == HELDOUT else None
-            return self._read(rule, round, model_id, f"round {round}")
+            return self._earlier(rule, self.before[0 if rule.against == "first" else -1])
         if rule.against == "first" and rule.dataset == collapse.DATASET:
             return self._of_people(rule)
         return None
@@ -184,6 +184,12 @@ class _Asked:
         if before is None or after is None or before[1] != after[1]:
             return None
         return mean_recall_gain(before[0], after[0])
+
+    def _earlier(self, rule: GateRule, round: int) -> Figure | None:
+        """The figure of a promoted round, as it was measured then."""
+        model = registry.find(self.run.lake, "med", round)
+        model_id = model.model_id if model and rule.dataset == HELDOUT else None
+        return self._read(rule, round, model_id, f"round {round}")
 
     def _of_people(self, rule: GateRule) -> Figure | None:
         """In a lake without a promoted round: the same figure of human captions."""

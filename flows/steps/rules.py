@@ -99,7 +99,6 @@ def hold(
     held = compared.value if rule.end == "value" else getattr(compared, rule.end)
     if held is None or not math.isfinite(held):
         return _absent(name, rule, f"{rule.metric} {figure.value:.4g} cannot be compared")
-    assert rule.limit is not None, f"rule {name} has no limit"
     right = held >= rule.limit if rule.direction == "at_least" else held <= rule.limit
     return Finding(
         name=name,
@@ -149,8 +148,7 @@ def _absent(name: str, rule: GateRule, why: str) -> Finding:
 
 
 def _whom(rule: GateRule) -> str:
-    names = {"first": "a first round", "last": "an earlier round", "champion": "the champion"}
-    return names[rule.against]
+    return {"champion": "the champion"}.get(rule.against, "an earlier promoted round")
 
 
 def _sentence(rule: GateRule, figure: Figure, reference: Figure | None, compared: Metric) -> str:
