@@ -23,6 +23,7 @@ from storage.schemas import TABLES
 from storage.tables import PartRef, list_parts
 
 VIEWS = (
+    "reserved",
     "images",
     "models",
     "verdicts",
