@@ -90,8 +90,7 @@ def audit_round(run: Run) -> PartRef:
 def active_policy(con: Any, round: int) -> tuple[str, str]:
     """The policy and the parameters of a round's active decisions."""
     row = con.execute(
-        "SELECT any_value(d.policy), any_value(d.params) FROM decisions d "
-        "JOIN active_policies a USING (round, policy) WHERE d.round = ?",
+        "SELECT any_value(policy), any_value(params) FROM active_decisions WHERE round = ?",
         [round],
     ).fetchone()
     return (str(row[0]), str(row[1])) if row and row[0] else ("", "{}")
