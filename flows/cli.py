@@ -202,7 +202,18 @@ def _stage(options: argparse.Namespace) -> int:
     with _bars():
         result = stage(settings)
     console.print(str(result), highlight=False)
+    if options.name == "audit":
+        _show_audit(settings, result.round)
     return 0
+
+
+def _show_audit(settings: BootstrapSettings, round: int) -> None:
+    from flows.audit.show import audit_figures, audit_table
+    from flows.terminal import console
+    from storage import Lake, connect
+
+    with connect(Lake.open(settings.machine.lake, read_only=True)) as connection:
+        console.print(audit_table(audit_figures(connection, round)))
 
 
 def _finetune(options: argparse.Namespace) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flows.audit.show import audit_figures, audit_table
 from flows.outcome import RoundOutcome
-from flows.quickstart.verdict import compare_arms, judge_round, render_verdict
+from flows.quickstart.verdict import compare_arms, judge_round, noise_truth, render_verdict
 from flows.quickstart.world import load_world
 from flows.settings import BootstrapSettings
 from flows.terminal import console, table
 from storage import Lake, connect, layout, registry
+from storage.generations import active_generation
 
 QUERIES = {
     "what was dropped, and why": "SELECT source_name, source, caption, reason FROM rejected LIMIT 10",
@@ -34,9 +36,20 @@ def show(settings: BootstrapSettings, result: RoundOutcome) -> None:
             raw = registry.find(lake, "med", 0)
             clean = registry.find(lake, "med", result.round)
             arms = compare_arms(connection, raw.model_id, clean.model_id) if raw and clean else ()
-            verdict = judge_round(connection, world, result.round, settings.decide.policy)
+            active = active_generation(lake, result.round)
+            verdict = judge_round(
+                connection,
+                world,
+                result.round,
+                active.policy if active else settings.decide.policy,
+                active.generation if active else None,
+            )
             console.print()
             console.print(render_verdict(verdict, arms))
+            figures = audit_figures(connection, result.round)
+            if figures:
+                console.print(audit_table(figures, noise_truth(verdict)))
+                console.print()
     console.print(f"Round {result.round}: {result.status}. {result.why}", highlight=False)
     report = lake.root.local_path(layout.report(result.round))
     console.print(f"\nreport: {report or layout.report(result.round)}", highlight=False)

@@ -41,7 +41,7 @@ JOIN captions c ON c.caption_id = d.caption_id AND c.status = 'ok'
     AND c.round = CASE WHEN d.source = 'web' THEN 0 ELSE d.round END
 JOIN (SELECT image_id, min(url) AS url, min(source_name) AS source_name FROM pairs
       WHERE pool = 'web' AND status = 'ok' GROUP BY image_id) p ON p.image_id = c.image_id
-WHERE d.round = ? AND d.policy = ?
+WHERE d.round = $round AND d.policy = $policy AND coalesce(d.generation = $generation, true)
 ORDER BY d.caption_id
 """
 
@@ -128,9 +128,16 @@ class _Judged:
 
 
 def judge_round(
-    connection: duckdb.DuckDBPyConnection, world: World, round: int, policy: str = "blip"
+    connection: duckdb.DuckDBPyConnection,
+    world: World,
+    round: int,
+    policy: str = "blip",
+    generation: str | None = None,
 ) -> Verdict:
-    """Compare every decision of a round with the truth. Reads views decisions, captions, pairs."""
+    """Compare every decision of a round with the truth. Reads views decisions, captions, pairs.
+
+    A policy that decided a round with several parameters has a generation of decisions for each: name one.
+    """
     scenes = world.scenes()
     # A duplicate row repeats its original, so either may name the kind.
     noise_kinds = {row["url"]: row["noise_kind"] for row in world.truth().to_pylist()}
@@ -143,7 +150,7 @@ def judge_round(
             kept=kept,
         )
         for source, kept, image_id, caption, url, source_name in connection.execute(
-            _DECIDED, [round, policy]
+            _DECIDED, {"round": round, "policy": policy, "generation": generation}
         ).fetchall()
     ]
     web = [text for text in judged if text.source == "web"]
@@ -155,6 +162,19 @@ def judge_round(
         by_source=_by(web, lambda text: text.source_name),
         by_noise=_by(wrong, lambda text: text.noise_kind),
     )
+
+
+def noise_truth(verdict: Verdict) -> dict[str, float]:
+    """The true values of what an audit estimates, under the names of its metrics."""
+    truth: dict[str, float] = {}
+    hits = {"before": [0, 0], "left": [0, 0]}
+    for name, outcome in (("web", verdict.web), ("synthetic", verdict.synthetic)):
+        for when, rate in (("before", outcome.true_before), ("left", outcome.true_after)):
+            hits[when][0] += rate.n - rate.hits
+            hits[when][1] += rate.n
+            if rate.n:
+                truth[f"noise_{when}_{name}"] = 1 - rate.value
+    return truth | {f"noise_{when}": wrong / n for when, (wrong, n) in hits.items() if n}
 
 
 def caption_truth(captions: Iterable[tuple[str, str]], world: World) -> Rate:
