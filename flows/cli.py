@@ -209,11 +209,18 @@ def _stage(options: argparse.Namespace) -> int:
 
 def _show_audit(settings: BootstrapSettings, round: int) -> None:
     from flows.audit.show import audit_figures, audit_table
+    from flows.steps.canaries import too_few
     from flows.terminal import console
     from storage import Lake, connect
 
-    with connect(Lake.open(settings.machine.lake, read_only=True)) as connection:
-        console.print(audit_table(audit_figures(connection, round)))
+    lake = Lake.open(settings.machine.lake, read_only=True)
+    with connect(lake) as connection:
+        figures = audit_figures(connection, round)
+        drawn = connection.execute("SELECT count(*) FROM canary_draws WHERE is_canary").fetchall()
+    console.print(audit_table(figures))
+    least = settings.audit.min_canary_images
+    if settings.audit.canary_share and drawn[0][0] < least:
+        console.print(too_few(lake.uri, drawn[0][0], least), highlight=False)
 
 
 def _finetune(options: argparse.Namespace) -> int:

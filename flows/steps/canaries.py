@@ -123,13 +123,17 @@ def canary_images(run: Run) -> list[CanaryImage]:
 def require_enough(run: Run, num_images: int) -> None:
     """Raise MissingInput when there are too few canaries to say anything, with what would be needed."""
     least = run.settings.audit.min_canary_images
-    if num_images >= least:
-        return
-    raise MissingInput(
-        f"lake {run.lake.uri} has {num_images} canary images, fewer than audit.min_canary_images {least}: shares "
-        f"would be known to +-0.1 with {images_needed(0.1)} images, to +-0.05 with {images_needed(0.05)} and to "
-        f"+-0.03 with {images_needed(0.03)}. Give more human pairs or a larger audit.canary_share before the first "
-        "round (images that a model was trained on cannot become canaries), or audit.canary_share=0 to do without"
+    if num_images < least:
+        raise MissingInput(too_few(run.lake.uri, num_images, least))
+
+
+def too_few(uri: str, num_images: int, least: int) -> str:
+    """What is missing, and how much would give which interval."""
+    return (
+        f"lake {uri} has {num_images} canary images, fewer than audit.min_canary_images {least}: shares would be known "
+        f"to +-0.1 with {images_needed(0.1)} images, to +-0.05 with {images_needed(0.05)} and to +-0.03 with "
+        f"{images_needed(0.03)}. Give more human pairs or a larger audit.canary_share before the first round (images "
+        "that a model was trained on cannot become canaries), or audit.canary_share=0 to do without"
     )
 
 
