@@ -39,7 +39,7 @@ class AuditFacts:
 def gather_audit(connection: duckdb.DuckDBPyConnection, round: int) -> AuditFacts:
     """Everything that the page says of the audit of a round. Reads `canaries`, `metrics` and `verdicts`."""
     rows = connection.execute(
-        "SELECT kind, truth, itm_prob FROM canaries WHERE round = ? AND itm_prob IS NOT NULL "
+        "SELECT kind, truth, itm_prob FROM canaries WHERE round = ? AND itm_prob IS NOT NULL AND truth IS NOT NULL "
         "ORDER BY caption_id, kind",
         [round],
     ).fetchall()
