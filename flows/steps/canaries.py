@@ -29,6 +29,7 @@ from storage import (
     fingerprint,
 )
 from storage.canaries import images_needed
+from storage.fingerprint import Basis
 
 logger = logging.getLogger(__name__)
 
@@ -66,25 +67,7 @@ def score_canaries(run: Run) -> PartRef:
     captioner = models.captioner_ref(run)
     with connect(run.lake) as connection:
         human = [row[0] for row in connection.execute(_HUMAN_TEXTS).fetchall()]
-    content = {image.row.image_id: list(image.texts) for image in images}
-    basis = basis_of(
-        "canaries",
-        STAGE_VERSION,
-        curate_basis(run.settings.score)
-        | basis_fields(scorer)
-        | curate_basis(run.settings.caption)
-        | basis_fields(captioner)
-        | {
-            "seed": run.settings.seed,
-            "judge_id": judge.model_id,
-            "captioner_id": captioner.model_id,
-        },
-        [
-            fingerprint("canary-images", 1, content, []),
-            fingerprint("human-texts", 1, {"texts": human}, []),
-        ],
-        scorer.model_id,
-    )
+    basis = _basis(run, images, human, scorer, judge, captioner)
     known = committed_part(
         run.lake, "canaries", PART, round=run.round, basis=basis, on_stale=run.on_stale
     )
@@ -120,6 +103,36 @@ def score_canaries(run: Run) -> PartRef:
     ]
     table = rows_table("canaries", records)
     return commit_part(run.lake, "canaries", PART, table, round=run.round, basis=basis, clock=clock)
+
+
+def _basis(
+    run: Run,
+    images: Sequence[CanaryImage],
+    human: Sequence[Sequence[str]],
+    scorer: ModelRef,
+    judge: ModelRef,
+    captioner: ModelRef,
+) -> Basis:
+    """What the canaries and their scores are made of."""
+    content = {image.row.image_id: list(image.texts) for image in images}
+    return basis_of(
+        "canaries",
+        STAGE_VERSION,
+        curate_basis(run.settings.score)
+        | basis_fields(scorer)
+        | curate_basis(run.settings.caption)
+        | basis_fields(captioner)
+        | {
+            "seed": run.settings.seed,
+            "judge_id": judge.model_id,
+            "captioner_id": captioner.model_id,
+        },
+        [
+            fingerprint("canary-images", 1, content, []),
+            fingerprint("human-texts", 1, {"texts": human}, []),
+        ],
+        scorer.model_id,
+    )
 
 
 def canary_images(run: Run) -> list[CanaryImage]:
