@@ -45,7 +45,7 @@ def plugin_captioner(where: str, config: CaptionConfig, device: torch.device) ->
     for needed in ("caption", "transform"):
         if not callable(getattr(made, needed, None)):
             raise SettingsError(
-                f"{KIND}:{where}: {name} gave a {type(made).__name__} without `{needed}`; see "
+                f"{KIND}:{where}: {name} gave something ({type(made).__name__}) without `{needed}`; see "
                 "`Captioner` in blip_core/protocols.py"
             )
     return cast("Captioner", made)
