@@ -188,7 +188,8 @@ def promotions(lake: Lake) -> list[dict[str, Any]]:
 
 def last_promotion(lake: Lake) -> dict[str, Any] | None:
     """The last entry of the champion's history."""
-    return (promotions(lake) or [None])[-1]
+    history = promotions(lake)
+    return history[-1] if history else None
 
 
 def champion(lake: Lake) -> ModelRef | None:
