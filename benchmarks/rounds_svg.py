@@ -8,7 +8,7 @@ from storage import Lake, query, read_image
 
 FIGURES = (
     ("distinct_share", None, None, "different captions"),
-    ("matched_share", None, None, "captions that the filter calls a match"),
+    ("matched_share", None, None, "captions the filter matches"),
     ("share_kept_synthetic", None, None, "synthetic texts kept"),
     ("best_mean_recall", "mean_recall_low", "mean_recall_high", "mean recall of the new model"),
 )
