@@ -27,6 +27,7 @@ STAGES = {
     "decide": "keep or drop every text by the policy",
     "caption-and-score": "both in one pass over the images",
     "curate": "caption, score and decide",
+    "audit": "measure the filter by pairs of known truth, and by a judge",
     "train": "train a new model on the clean set",
     "evaluate": "measure new model and champion on held-out pairs",
     "gate": "promote or refuse the new model",

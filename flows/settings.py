@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError, model_validator
 
+from flows.audit_section import AuditSettings
 from flows.errors import SettingsError
 from flows.gate_section import GateSettings, gate_basis
 from flows.sections import (
@@ -37,7 +38,7 @@ from storage.policy import explain_absent, needed_numbers, read_policy
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 PRESET_FOLDER_VARIABLE = "BOOTSTRAP_CONFIGS"
 LAKE_VARIABLE = "BOOTSTRAP_LAKE"
-NOT_IN_FINGERPRINTS = ("preset", "cycle", "machine", "curate", "report")
+NOT_IN_FINGERPRINTS = ("preset", "cycle", "machine", "curate", "audit", "report")
 """Sections that change how or where a run happens, not what it makes."""
 INGEST_NOT_IN_FINGERPRINTS = (
     "http_proxy",
@@ -119,6 +120,8 @@ class BootstrapSettings(Section):
     """How captioning and scoring go over the images."""
     decide: DecideSettings = DecideSettings()
     """Which texts are kept."""
+    audit: AuditSettings = AuditSettings()
+    """How the filter is audited."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """What is measured."""
     gate: GateSettings = GateSettings()

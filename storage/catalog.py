@@ -23,6 +23,7 @@ from storage.schemas import ADDED_LATER, TABLES
 from storage.tables import PartRef, list_parts
 
 VIEWS = (
+    "reserved",
     "images",
     "models",
     "verdicts",

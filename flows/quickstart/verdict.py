@@ -3,7 +3,6 @@
 The pipeline never sees any of this: only here are its decisions compared with what the pictures show.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from blip_core.rates import Rate
 from flows.quickstart.scenes import caption_is_true
 from flows.quickstart.world import World
 
@@ -52,29 +52,6 @@ SELECT metric,
 FROM metrics WHERE dataset = $dataset AND model_id IN ($raw, $clean)
 GROUP BY metric
 """
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rate:
-    """A share of cases."""
-
-    hits: int
-    n: int
-
-    @property
-    def value(self) -> float:
-        """In [0, 1]; NaN when there is no case."""
-        return self.hits / self.n if self.n else math.nan
-
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval; (0, 1) when there is no case."""
-        if not self.n:
-            return 0.0, 1.0
-        z = 1.96
-        centre = (self.value + z * z / (2 * self.n)) / (1 + z * z / self.n)
-        spread = self.value * (1 - self.value) / self.n + z * z / (4 * self.n * self.n)
-        half = z * math.sqrt(spread) / (1 + z * z / self.n)
-        return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,6 +29,4 @@ JOIN captions c
 LEFT JOIN scores s ON s.caption_id = d.caption_id AND s.round = d.round
 JOIN pairs p ON p.image_id = d.image_id AND p.pool = 'web' AND p.status = 'ok'
 -- What is held out for evaluation is never trained on, whoever serves it.
-WHERE NOT EXISTS (
-    SELECT 1 FROM pairs h WHERE h.image_id = d.image_id AND h.pool = 'heldout'
-);
+WHERE NOT EXISTS (SELECT 1 FROM reserved h WHERE h.image_id = d.image_id);
