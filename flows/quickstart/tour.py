@@ -37,13 +37,8 @@ def show(settings: BootstrapSettings, result: RoundOutcome) -> None:
             clean = registry.find(lake, "med", result.round)
             arms = compare_arms(connection, raw.model_id, clean.model_id) if raw and clean else ()
             active = active_generation(lake, result.round)
-            verdict = judge_round(
-                connection,
-                world,
-                result.round,
-                active.policy if active else settings.decide.policy,
-                active.generation if active else None,
-            )
+            decided = active.of_round if active else settings.decide.policy
+            verdict = judge_round(connection, world, result.round, decided)
             console.print()
             console.print(render_verdict(verdict, arms))
             figures = audit_figures(connection, result.round)

@@ -19,6 +19,7 @@ from flows.audit.planting import WRITTEN
 from flows.session import Run
 from flows.steps.batches import rows_table
 from storage import Clock, PartRef, basis_of, commit_part, committed_part, connect, list_parts
+from storage.generations import active_generation
 
 STAGE_VERSION = 1
 PART = "audit"
@@ -69,10 +70,12 @@ class CanaryScores:
 
 def audit_round(run: Run) -> PartRef:
     """Measure the round's filter by its canaries and its judge, or find it measured; one part of `metrics`."""
+    active = active_generation(run.lake, run.round)
     parts = [
         ref.fingerprint
         for table in ("canaries", "judgements", "scores", "decisions")
         for ref in list_parts(run.lake, table, run.round)
+        if table != "decisions" or active is None or ref.name == active.generation
     ]
     config: dict[str, Any] = {"precision": run.settings.audit.precision}
     with connect(run.lake, as_of=run.round) as con:

@@ -46,7 +46,7 @@ def lake_views(world: World) -> Iterator[duckdb.DuckDBPyConnection]:
                 "kept": kept,
                 "round": 1,
                 "policy": "blip",
-                "generation": "blip-1",
+                "generation": "blip",
             }
             decisions.append({**ids, **fate})
     for name, rows in (("pairs", pairs), ("captions", captions), ("decisions", decisions)):
