@@ -31,6 +31,8 @@ class Plan:
     num_pieces: int
     captions: Captions
     csv: bool = False
+    licences: tuple[str, ...] = ()
+    """Every licence that its images have, sorted."""
 
 
 class Format(Protocol):

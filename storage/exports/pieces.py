@@ -58,10 +58,18 @@ class Piece:
         """The images that could be read."""
         return [picked for picked in self.images if picked.image_id not in self.lost]
 
-    def chunks(self) -> Iterator[list[Picture]]:
-        """The images with their bytes, some at a time; those that cannot be read become `lost`."""
-        for shard, group in groupby(self.images, key=lambda picked: picked.shard):
-            of_shard = [picked for picked in group if picked.image_id not in self.lost]
+    def chunks(self, min_texts: int = 1) -> Iterator[list[Picture]]:
+        """The images with so many texts or more with their bytes, some at a time, in order.
+
+        Those that cannot be read become `lost`.
+        """
+        wanted = [
+            picked
+            for picked in self.images
+            if len(picked.texts) >= min_texts and picked.image_id not in self.lost
+        ]
+        for shard, group in groupby(wanted, key=lambda picked: picked.shard):
+            of_shard = list(group)
             for start in range(0, len(of_shard), CHUNK_IMAGES):
                 yield self._read(shard, of_shard[start : start + CHUNK_IMAGES])
 

@@ -9,11 +9,26 @@ from typing import Any
 from storage.errors import ConfigError, CorruptData, EmptyInput
 from storage.exports import choice
 from storage.exports.blip_json import BlipJson
+from storage.exports.card import card
+from storage.exports.coco_json import CocoJson
+from storage.exports.croissant import croissant
+from storage.exports.facts import gather
 from storage.exports.format import Captions, DamagedExport, Format, Plan
+from storage.exports.hf_parquet import HFParquet
 from storage.exports.id_list import IdList
 from storage.exports.pieces import Piece, json_line
 from storage.exports.selection import Selection, select
-from storage.exports.target import LEDGER, LOST, File, PieceRecord, Target, piece_record
+from storage.exports.target import (
+    CARD,
+    CROISSANT,
+    LEDGER,
+    LOST,
+    File,
+    PieceRecord,
+    Target,
+    piece_record,
+)
+from storage.exports.webdataset import WebDataset
 from storage.fingerprint import Basis, basis_of
 from storage.lake import Lake
 from storage.tables import OnStale, PartRef
@@ -22,7 +37,9 @@ logger = logging.getLogger(__name__)
 
 STAGE_VERSION = 1
 
-FORMATS: dict[str, Format] = {form.name: form for form in (BlipJson(), IdList())}
+FORMATS: dict[str, Format] = {
+    form.name: form for form in (WebDataset(), HFParquet(), BlipJson(), CocoJson(), IdList())
+}
 
 Progress = Callable[[int, int], None]
 
@@ -109,9 +126,10 @@ def export(
             num_pieces=-(-selection.num_images // options.shard_images),
             captions=options.captions or form.captions[0],
             csv=options.csv,
+            licences=tuple(sorted(n for n, _, _ in selection.counted("licence") if n is not None)),
         )
         basis = _basis(reader, round, part, selection, options, plan)
-        work = Work(reader, Target(uri, basis, form.contents(plan)), form, plan, selection, options)
+        work = Work(reader, Target(uri, basis, form.contents(plan)), form, plan, selection, part)
         return work.run(verify, on_stale, on_progress)
 
 
@@ -125,14 +143,14 @@ class Work:
         form: Format,
         plan: Plan,
         selection: Selection,
-        options: Options,
+        part: PartRef,
     ) -> None:
         self.lake = lake
+        self.part = part
         self.target = target
         self.form = form
         self.plan = plan
         self.selection = selection
-        self.options = options
 
     def run(self, verify: bool, on_stale: OnStale, on_progress: Progress | None) -> Exported:
         """Write what is not there yet; check all of it."""
@@ -159,7 +177,7 @@ class Work:
 
     def _pieces(self, on_progress: Progress | None) -> list[PieceRecord]:
         """Every piece, written now or found."""
-        size, done, images, texts = self.options.shard_images, [], 0, 0
+        size, done, images, texts = self.target.basis["config"]["shard_images"], [], 0, 0
         stream = self.selection.images()
         for index in range(self.plan.num_pieces):
             picked = list(itertools.islice(stream, size))
@@ -197,6 +215,11 @@ class Work:
         lost = [json_line(row) + "\n" for piece in pieces for row in piece.lost]
         if lost:
             files += self.target.write_text(LOST, "".join(lost))
+        facts = gather(
+            self.lake, self.part, self.target, self.plan, self.selection, pieces, list(files)
+        )
+        files += self.target.write_text(CARD, card(facts))
+        files += self.target.write_text(CROISSANT, croissant(facts))
         return files
 
     def _record(self, pieces: Sequence[PieceRecord], files: Sequence[File]) -> dict[str, Any]:
