@@ -255,7 +255,7 @@ def _commands(facts: Facts) -> str:
     words += ["--csv"] if plan.csv else []
     words += [f"--name {json.dumps(config['name'])}"] if config["name"] else []
     return (
-        "Written by [blip-bootstrap](https://pypi.org/project/blip-bootstrap/):\n\n"
+        "Written by blip-bootstrap:\n\n"
         f"```\n{' '.join(words)}\n```\n\n"
         "The same command again on this folder reads everything back and compares it with `export.json`."
     )

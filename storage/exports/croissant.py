@@ -51,7 +51,7 @@ CONTEXT: dict[str, Any] = {
 
 TEXT, NUMBER, IMAGE = "sc:Text", "sc:Float", "sc:ImageObject"
 MEANING = {
-    "image": "the image",
+    "image": "the image, or where it lies",
     "caption": "a text of the image",
     "captions": "the texts of the image, the most trusted first",
     "caption_id": "id of (image, source, text)",
@@ -103,6 +103,8 @@ def _distribution(facts: Facts) -> list[dict[str, Any]]:
         return [
             *(_file_object(file, "application/x-tar") for file in tars),
             _file_set("samples", "application/json", "*.json") | {"containedIn": inside},
+            _file_set("images", "image/*", ["*.jpg", "*.png", "*.webp", "*.gif", "*.bmp"])
+            | {"containedIn": inside},
             _file_set("texts", "text/plain", "*.txt") | {"containedIn": inside},
         ]
     kind = ("csv", "text/csv") if facts.plan.csv else ("parquet", "application/x-parquet")
@@ -121,7 +123,7 @@ def _file_object(file: File, encoding: str) -> dict[str, Any]:
     }
 
 
-def _file_set(name: str, encoding: str, includes: str) -> dict[str, Any]:
+def _file_set(name: str, encoding: str, includes: str | list[str]) -> dict[str, Any]:
     return {
         "@type": "cr:FileSet",
         "@id": name,
@@ -137,6 +139,8 @@ def _records(facts: Facts) -> dict[str, Any]:
         fields = [_column(column) for column in schema]
     elif facts.format == "ids":
         fields = [_column(column) for column in id_list.SCHEMA]
+    elif facts.format == "webdataset":
+        fields = _sample_fields()
     else:
         fields = _json_fields(facts)
     return {
@@ -160,30 +164,34 @@ def _column(column: pa.Field) -> dict[str, Any]:
     return _field(column.name, TEXT if pa.types.is_string(kind) else number, source, repeated)
 
 
-def _json_fields(facts: Facts) -> list[dict[str, Any]]:
-    """Fields of JSON: of the samples in the tars, or of captions.json."""
-    names = {"image_id": TEXT, "url": TEXT, "caption": TEXT, "caption_id": TEXT, "source": TEXT}
-    names["itm_prob"] = NUMBER
-    listed = facts.plan.captions == "list"
-    if facts.format == "webdataset":
-        of_text = "captions[*]." if listed else ""
-        where: dict[str, Any] = {"fileSet": {"@id": "samples"}}
-        paths = {n: n if n in ("image_id", "url") else f"{of_text}{n}" for n in names}
-    else:
-        where = {"fileObject": {"@id": "captions.json"}}
-        if facts.format == "coco-json":
-            names = {n: names[n] for n in names if n != "url"}
-        at = "$.annotations[*]." if facts.format == "coco-json" else "$[*]."
-        paths = {name: f"{at}{name}" for name in names}
+def _sample_fields() -> list[dict[str, Any]]:
+    """Fields of the samples in tars; what the `.json` says is there for those who open the tars."""
+    texts: dict[str, Any] = {"fileSet": {"@id": "texts"}}
+    of_name = {"extract": {"fileProperty": "filename"}, "transform": {"regex": "^([0-9a-f]{32})"}}
     return [
-        _field(
-            name,
-            kind,
-            where | {"extract": {"jsonPath": paths[name]}},
-            listed and name not in ("image_id", "url"),
-        )
-        for name, kind in names.items()
+        _field("image_id", TEXT, texts | of_name),
+        _field("caption", TEXT, texts | {"extract": {"fileProperty": "content"}}),
     ]
+
+
+def _json_fields(facts: Facts) -> list[dict[str, Any]]:
+    """Fields of captions.json."""
+    if facts.format == "coco-json":
+        at, names = "$.annotations[*].", ("image_id", "caption", "caption_id", "source", "itm_prob")
+    else:
+        at, names = (
+            "$[*].",
+            ("image", "image_id", "url", "caption", "caption_id", "source", "itm_prob"),
+        )
+    listed = facts.plan.captions == "list"
+    fields = []
+    for name in names:
+        source = {"fileObject": {"@id": "captions.json"}, "extract": {"jsonPath": f"{at}{name}"}}
+        repeated = listed and name not in ("image", "image_id", "url")
+        fields.append(_field(name, NUMBER if name == "itm_prob" else TEXT, source, repeated))
+    if facts.format == "coco-json":
+        fields[0] |= {"dataType": "sc:Integer", "description": "number of the image in `images`"}
+    return fields
 
 
 def _field(name: str, kind: str, source: dict[str, Any], repeated: bool = False) -> dict[str, Any]:

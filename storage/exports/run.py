@@ -153,7 +153,7 @@ class Work:
         self.selection = selection
 
     def run(self, verify: bool, on_stale: OnStale, on_progress: Progress | None) -> Exported:
-        """Write what is not there yet; check all of it."""
+        """Write what is not there yet, try again what could not be read; check all of it."""
         self.target.check(on_stale)
         with self.target.held():
             was_there = self.target.check(on_stale)
@@ -161,51 +161,60 @@ class Work:
                 record = self.target.done()
                 pieces = [piece_record(piece) for piece in record["pieces"]]
                 files = [File(**file) for file in record["files"]]
-            else:
+                lost = {piece.index for piece in pieces if piece.lost}
+                if lost:
+                    self.target.reopen(pieces, lost)
+                    was_there = False
+            if not was_there:
                 self.target.begin()
                 pieces = self._pieces(on_progress)
                 files = self._finish(pieces)
-            try:
-                if verify:
-                    self._verify(pieces, files)
-            except DamagedExport as err:
-                self.target.reopen(err.path, pieces)
-                raise
+            if verify:
+                self._verified(pieces, files)
             if not was_there:
                 self.target.finish(self._record(pieces, files))
         return self._exported(pieces, was_there, verify)
 
     def _pieces(self, on_progress: Progress | None) -> list[PieceRecord]:
-        """Every piece, written now or found."""
+        """Every piece: found, or written now."""
         size, done, images, texts = self.target.basis["config"]["shard_images"], [], 0, 0
         stream = self.selection.images()
         for index in range(self.plan.num_pieces):
             picked = list(itertools.islice(stream, size))
             record = self.target.piece(index)
-            if record is None:
+            # Numbers in a JSON go on from the piece before; what was lost may have been restored.
+            if record is None or record.lost or record.first_image != images:
                 piece = Piece(
                     lake=self.lake, index=index, images=picked, first_image=images, first_text=texts
                 )
-                files = self.form.write_piece(self.target, piece, self.plan)
-                record = PieceRecord(
-                    index=index,
-                    num_images=len(piece.written),
-                    num_texts=sum(len(p.texts) for p in piece.written),
-                    files=tuple(files),
-                    lost=tuple(piece.lost[p.image_id] for p in picked if p.image_id in piece.lost),
-                )
-                self.target.finish_piece(record)
+                record = self._write(piece)
             done.append(record)
             images, texts = images + record.num_images, texts + record.num_texts
             if on_progress is not None:
                 on_progress(index * size + len(picked), self.selection.num_images)
         if images == 0:
-            self.target.root.remove(LEDGER)
             raise CorruptData(
                 f"none of the {self.selection.num_images} images can be read, so there is nothing "
                 f"to export; the first: {done[0].lost[0]['reason']}"
             )
         return done
+
+    def _write(self, piece: Piece) -> PieceRecord:
+        self.target.forget_piece(piece.index)
+        files = self.form.write_piece(self.target, piece, self.plan)
+        lost = tuple(
+            piece.lost[picked.image_id] for picked in piece.images if picked.image_id in piece.lost
+        )
+        record = PieceRecord(
+            index=piece.index,
+            first_image=piece.first_image,
+            num_images=len(piece.written),
+            num_texts=sum(len(picked.texts) for picked in piece.written),
+            files=tuple(files),
+            lost=lost,
+        )
+        self.target.finish_piece(record)
+        return record
 
     def _finish(self, pieces: Sequence[PieceRecord]) -> list[File]:
         """What stands for all pieces; every file of the export."""
@@ -215,6 +224,8 @@ class Work:
         lost = [json_line(row) + "\n" for piece in pieces for row in piece.lost]
         if lost:
             files += self.target.write_text(LOST, "".join(lost))
+        else:
+            self.target.root.remove(LOST)
         facts = gather(
             self.lake, self.part, self.target, self.plan, self.selection, pieces, list(files)
         )
@@ -231,6 +242,16 @@ class Work:
             "files": [asdict(file) for file in files],
             "pieces": [asdict(p) | {"files": f} for p, f in zip(pieces, _plain(kept), strict=True)],
         }
+
+    def _verified(self, pieces: Sequence[PieceRecord], files: Sequence[File]) -> None:
+        """`_verify`; what is found damaged is to be made anew by the same command."""
+        try:
+            self._verify(pieces, files)
+        except DamagedExport as err:
+            listing = {p.index for p in pieces if err.path in {file.path for file in p.files}}
+            everywhere = err.path not in {file.path for file in files}
+            self.target.reopen(pieces, {p.index for p in pieces} if everywhere else listing)
+            raise
 
     def _verify(self, pieces: Sequence[PieceRecord], files: Sequence[File]) -> None:
         """Every file has its hash, every image its id, and the numbers are those that were written."""

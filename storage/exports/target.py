@@ -52,6 +52,8 @@ class PieceRecord:
     """A finished piece: some images in a row, with what became of them."""
 
     index: int
+    first_image: int
+    """Images written by the pieces before it."""
     num_images: int
     num_texts: int
     files: tuple[File, ...] = ()
@@ -160,19 +162,22 @@ class Target:
             raise CorruptData(f"export {self.uri} has lost its {DONE}; run the same command again")
         return record
 
-    def reopen(self, damaged: str, pieces: Sequence[PieceRecord]) -> None:
-        """Take back the commit of an export of which a file is not as it was written.
+    def reopen(self, pieces: Sequence[PieceRecord], again: Collection[int]) -> None:
+        """Take back the commit; the pieces of which `again` has the index are to be made anew.
 
-        The pieces that list it are forgotten, or all when none does: the same command makes them anew.
+        All are where pieces leave nothing but what a JSON was put together from.
         """
-        named = {p.index for p in pieces if damaged in {file.path for file in p.files}}
         self._write_json(PLAN, self._head())
         for piece in pieces:
-            if named and piece.index not in named:
+            if piece.files and piece.index not in again:
                 self.finish_piece(piece)
             else:
-                self.root.remove(f"{LEDGER}/piece-{piece.index:05d}.json")
+                self.forget_piece(piece.index)
         self.root.remove(DONE)
+
+    def forget_piece(self, index: int) -> None:
+        """Take back the commit of a piece."""
+        self.root.remove(f"{LEDGER}/piece-{index:05d}.json")
 
     @contextmanager
     def staged(self, rel: str) -> Iterator["Staged"]:
