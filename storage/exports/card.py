@@ -131,7 +131,7 @@ def _contents(facts: Facts) -> str:
     }[facts.format][facts.plan.captions]
     by_name = _table(
         ("source", "images", "texts"),
-        [(_cell(n), i, t) for n, i, t in facts.by_source_name[:20]],
+        [(_cell(n or "not stated"), i, t) for n, i, t in facts.by_source_name[:20]],
     )
     more = len(facts.by_source_name) - 20
     rest = f"\n\nand {more} smaller ones." if more > 0 else ""

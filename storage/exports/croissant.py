@@ -176,13 +176,10 @@ def _sample_fields() -> list[dict[str, Any]]:
 
 def _json_fields(facts: Facts) -> list[dict[str, Any]]:
     """Fields of captions.json."""
-    if facts.format == "coco-json":
-        at, names = "$.annotations[*].", ("image_id", "caption", "caption_id", "source", "itm_prob")
-    else:
-        at, names = (
-            "$[*].",
-            ("image", "image_id", "url", "caption", "caption_id", "source", "itm_prob"),
-        )
+    names: tuple[str, ...] = ("image_id", "caption", "caption_id", "source", "itm_prob")
+    at = "$.annotations[*]."
+    if facts.format == "blip-json":
+        at, names = "$[*].", ("image", "url", *names)
     listed = facts.plan.captions == "list"
     fields = []
     for name in names:

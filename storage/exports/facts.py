@@ -72,9 +72,9 @@ class Facts:
     num_images: int
     num_texts: int
     num_lost: int
-    by_source: Sequence[tuple[str, int, int]]
+    by_source: Sequence[tuple[str | None, int, int]]
     by_licence: Sequence[tuple[str | None, int, int]]
-    by_source_name: Sequence[tuple[str, int, int]]
+    by_source_name: Sequence[tuple[str | None, int, int]]
     funnel: Sequence[tuple[str, str, int]]
     decided: Sequence[tuple[str, int, int]]
     """(source, kept, dropped)."""
