@@ -36,6 +36,7 @@ def bootstrap(settings: BootstrapSettings) -> RoundOutcome:
             stages.finetune_filter(settings)
         stages.captions_and_scores(settings)
         stages.decide(settings)
+        stages.audit(settings)
         stages.train(settings)
         stages.evaluate(settings)
         stages.gate(settings)

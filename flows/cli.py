@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flows import exports
+from flows import decide_command, exports
 from flows.environment import prepare
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ STAGES = {
     "decide": "keep or drop every text by the policy",
     "caption-and-score": "both in one pass over the images",
     "curate": "caption, score and decide",
+    "audit": "measure the filter by pairs of known truth, and by a judge",
     "train": "train a new model on the clean set",
     "evaluate": "measure new model and champion on held-out pairs",
     "gate": "promote or refuse the new model",
@@ -69,7 +70,10 @@ def parser() -> argparse.ArgumentParser:
         _command(commands, "quickstart", "the cycle in a drawn world of known truth", _quickstart)
     )
     for name, text in STAGES.items():
-        _settings_options(_command(commands, name, text, _stage))
+        stage = _command(commands, name, text, _stage)
+        _settings_options(stage)
+        if name == "decide":
+            decide_command.add_options(stage)
     _model_commands(commands)
     exports.register(commands)
     sql = _command(commands, "sql", "ask the lake; without a query, a prompt", _sql)
@@ -185,6 +189,8 @@ def _quickstart(options: argparse.Namespace) -> int:
 
 
 def _stage(options: argparse.Namespace) -> int:
+    if options.name == "decide" and decide_command.is_by_hand(options):
+        return decide_command.decide_by_hand(options)
     from flows import stages
     from flows.terminal import console
 

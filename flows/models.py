@@ -74,6 +74,27 @@ def scorer_ref(run: Run) -> ModelRef:
     return foreign_models.registered(run, "foreign_scorer", named)
 
 
+def judge_ref(run: Run) -> ModelRef:
+    """The frozen judge: the lake's first scorer, or the one that settings name.
+
+    Raises:
+        MissingInput: no round has scored yet.
+    """
+    named = run.settings.audit.judge
+    if named != "first":
+        return foreign_models.registered(run, "foreign_scorer", named)
+    first = next(
+        (ref for ref in registry.list_models(run.lake) if ref.role in ("filter", "foreign_scorer")),
+        None,
+    )
+    if first is None:
+        raise MissingInput(
+            f"lake {run.lake.uri} has no filter to be the judge (audit.judge: first); run "
+            "`bootstrap finetune-filter` first"
+        )
+    return first if first.is_foreign else require(run, first.role, first.round)
+
+
 def finetuned(run: Run) -> list[ModelRef]:
     """The captioner and the filter of this round, those that are finetuned in it."""
     named = {"captioner": run.settings.caption.captioner, "filter": run.settings.score.scorer}

@@ -12,6 +12,7 @@ from prefect import flow
 
 from flows import artifacts, models, tasks
 from flows.book import finish_round, reopen_round, timed
+from flows.errors import MissingInput
 from flows.progress import StageProgress
 from flows.quickstart.truth import measure_truth
 from flows.refs import StageResult
@@ -32,7 +33,7 @@ def ingest(settings: BootstrapSettings) -> StageResult:
     with open_run(settings, purpose="ingest") as run, timed(run, "ingest") as book:
         with StageProgress("ingest", "URLs fetched", run.round) as progress:
             parts = tasks.ingest_all_task(run, progress)
-        book.count("pairs", sum(part.num_rows for part in parts))
+        book.count("pairs", sum(part.num_rows for part in parts if part.table == "pairs"))
         return _result(run, "ingest", parts)
 
 
@@ -111,6 +112,25 @@ def curate(settings: BootstrapSettings) -> StageResult:
     with open_run(settings, purpose="curate"):
         captions_and_scores(settings)
         return decide(settings)
+
+
+@flow(name="audit")
+def audit(settings: BootstrapSettings) -> StageResult:
+    """The filter by pairs whose truth is known, and the round's texts by a judge outside the loop.
+
+    A lake with too few canaries goes without them, and says so.
+    """
+    with open_run(settings, purpose="audit") as run, timed(run, "audit"):
+        parts = []
+        try:
+            if run.settings.audit.canary_share:
+                parts.append(tasks.score_canaries_task(run))
+        except MissingInput as err:
+            logger.warning("round %d is not audited by canaries: %s", run.round, err)
+        judged = tasks.judge_sample_task(run)
+        parts += [judged] if judged is not None else []
+        parts.append(tasks.audit_round_task(run))
+        return _result(run, "audit", parts)
 
 
 @flow(name="train")

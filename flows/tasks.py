@@ -15,7 +15,17 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
-from flows.steps import curate_shards, decide, evaluate, ingest, train, write_report
+from flows.steps import (
+    audit,
+    canaries,
+    curate_shards,
+    decide,
+    evaluate,
+    ingest,
+    judge,
+    train,
+    write_report,
+)
 from storage import TransientError
 
 P = ParamSpec("P")
@@ -51,5 +61,8 @@ ingest_all_task = pipeline_task(ingest.ingest_all, "ingest", "network")
 train_model_task = pipeline_task(train.train_model, "train", "device")
 curate_shards_task = pipeline_task(curate_shards.curate_shards, "curate-shards", "device")
 decide_round_task = pipeline_task(decide.decide_round, "decide")
+score_canaries_task = pipeline_task(canaries.score_canaries, "score-canaries", "device")
+judge_sample_task = pipeline_task(judge.judge_sample, "judge-sample", "device")
+audit_round_task = pipeline_task(audit.audit_round, "audit")
 evaluate_model_task = pipeline_task(evaluate.evaluate_model, "evaluate-model", "device")
 write_report_task = pipeline_task(write_report.write_report, "report")

@@ -99,6 +99,7 @@ DECISIONS = pa.schema(
         _column("params", _TEXT, "its parameters, as a JSON object", False),
         _column("kept", _BOOL, "whether it goes into the clean set", False),
         _column("reason", _TEXT, "why", False),
+        _column("generation", _TEXT, "policy and parameters that decided; names the part"),
     ]
 )
 
@@ -155,17 +156,58 @@ ROUNDS = pa.schema(
     ]
 )
 
+CANARY_DRAWS = pa.schema(
+    [
+        _column("image_id", _TEXT, "a human image", False),
+        _column("is_canary", _BOOL, "kept out of all training, to audit filters with", False),
+        _column("round", pa.int32(), "round in which it came in and was drawn", False),
+    ]
+)
+
+CANARIES = pa.schema(
+    [
+        _column("caption_id", _TEXT, "id of (image_id, canary, caption)", False),
+        _column("image_id", _TEXT, "a human image that nothing was trained on", False),
+        _column("kind", _TEXT, "true, random, hard or swapped", False),
+        _column("truth", _BOOL, "whether the text describes the image", False),
+        _column("stratum", _TEXT, "length of the text: short, medium or long", False),
+        _column("caption", _TEXT, "the text", False),
+        _column("model_id", _TEXT, "the round's filter, or another scorer", False),
+        _column("itm_prob", _FLOAT, "what it says: probability of a match"),
+        _column("itc_sim", _FLOAT, "what it says: cosine"),
+        _column("judge_id", _TEXT, "the frozen judge", False),
+        _column("judge_itm_prob", _FLOAT, "what the judge says: probability of a match"),
+        _column("judge_itc_sim", _FLOAT, "what the judge says: cosine"),
+        _column("round", pa.int32(), "round whose filter was audited", False),
+    ]
+)
+
+JUDGEMENTS = pa.schema(
+    [
+        _column("caption_id", _TEXT, "a web or synthetic text of the round's sample", False),
+        _column("image_id", _TEXT, "its image", False),
+        _column("source", _TEXT, "web or synthetic", False),
+        _column("model_id", _TEXT, "the frozen judge", False),
+        _column("itm_prob", _FLOAT, "what the judge says: probability of a match"),
+        _column("itc_sim", _FLOAT, "what the judge says: cosine"),
+        _column("round", pa.int32(), "round whose texts were judged", False),
+    ]
+)
+
 TABLES: dict[str, pa.Schema] = {
     "pairs": PAIRS,
     "captions": CAPTIONS,
     "scores": SCORES,
     "decisions": DECISIONS,
+    "canary_draws": CANARY_DRAWS,
+    "canaries": CANARIES,
+    "judgements": JUDGEMENTS,
     "models": MODEL_RECORDS,
     "metrics": METRICS,
     "rounds": ROUNDS,
 }
 
-ADDED_LATER = {"metrics": ("protocol",), "rounds": ("speed",)}
+ADDED_LATER = {"decisions": ("generation",), "metrics": ("protocol",), "rounds": ("speed",)}
 """Columns that parts of older lakes do not have; nullable."""
 
 

@@ -207,7 +207,7 @@ def _want(con: duckdb.DuckDBPyConnection, sql: str, name: str) -> int:
         )
     if heldout or absent or textless:
         raise ConfigError(
-            f"training set {name}: of {rows} rows, {heldout} show held-out images, {absent} images "
+            f"training set {name}: of {rows} rows, {heldout} show held-out or canary images, {absent} images "
             f"that are not stored and {textless} have no caption; exclude them in the query, as "
             "the views raw, human and clean do"
         )

@@ -3,7 +3,6 @@
 The pipeline never sees any of this: only here are its decisions compared with what the pictures show.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from blip_core.rates import Rate
 from flows.quickstart.scenes import caption_is_true
 from flows.quickstart.world import World
 
@@ -41,7 +41,7 @@ JOIN captions c ON c.caption_id = d.caption_id AND c.status = 'ok'
     AND c.round = CASE WHEN d.source = 'web' THEN 0 ELSE d.round END
 JOIN (SELECT image_id, min(url) AS url, min(source_name) AS source_name FROM pairs
       WHERE pool = 'web' AND status = 'ok' GROUP BY image_id) p ON p.image_id = c.image_id
-WHERE d.round = ? AND d.policy = ?
+WHERE d.round = ? AND coalesce(d.generation, d.policy) = ?
 ORDER BY d.caption_id
 """
 
@@ -52,29 +52,6 @@ SELECT metric,
 FROM metrics WHERE dataset = $dataset AND model_id IN ($raw, $clean)
 GROUP BY metric
 """
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rate:
-    """A share of cases."""
-
-    hits: int
-    n: int
-
-    @property
-    def value(self) -> float:
-        """In [0, 1]; NaN when there is no case."""
-        return self.hits / self.n if self.n else math.nan
-
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval; (0, 1) when there is no case."""
-        if not self.n:
-            return 0.0, 1.0
-        z = 1.96
-        centre = (self.value + z * z / (2 * self.n)) / (1 + z * z / self.n)
-        spread = self.value * (1 - self.value) / self.n + z * z / (4 * self.n * self.n)
-        half = z * math.sqrt(spread) / (1 + z * z / self.n)
-        return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,9 +128,9 @@ class _Judged:
 
 
 def judge_round(
-    connection: duckdb.DuckDBPyConnection, world: World, round: int, policy: str = "blip"
+    connection: duckdb.DuckDBPyConnection, world: World, round: int, generation: str = "blip"
 ) -> Verdict:
-    """Compare every decision of a round with the truth. Reads views decisions, captions, pairs."""
+    """Compare every decision of a generation with the truth. Reads views decisions, captions, pairs."""
     scenes = world.scenes()
     # A duplicate row repeats its original, so either may name the kind.
     noise_kinds = {row["url"]: row["noise_kind"] for row in world.truth().to_pylist()}
@@ -166,7 +143,7 @@ def judge_round(
             kept=kept,
         )
         for source, kept, image_id, caption, url, source_name in connection.execute(
-            _DECIDED, [round, policy]
+            _DECIDED, [round, generation]
         ).fetchall()
     ]
     web = [text for text in judged if text.source == "web"]

@@ -22,6 +22,7 @@ from storage import (
     ingest_captions,
     ingest_urls,
 )
+from storage.canaries import CanaryDraw, draw_canaries
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,12 @@ def ingest_all(run: Run, on_progress: Callable[[int, int], None]) -> list[PartRe
         configs += [CaptionSetConfig(**s.model_dump(), pool="heldout") for s in settings.heldout]
         for config in configs:
             parts += ingest_captions(run.lake, config, on_stale=run.on_stale)
+        audit = run.settings.audit
+        draw = CanaryDraw(
+            share=audit.canary_share, max_images=audit.max_canary_images, seed=run.settings.seed
+        )
+        drawn = draw_canaries(run.lake, run.round, draw, on_stale=run.on_stale)
+        parts += [drawn] if drawn is not None else []
         download = DownloadConfig(
             **settings.model_dump(exclude={"url_lists", "human", "heldout"}),
         )

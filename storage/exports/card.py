@@ -186,8 +186,8 @@ def _measured(facts: Facts) -> str:
     heldout = [m for m in facts.metrics if m.dataset == "heldout" and m.metric in HELDOUT]
     text = []
     if audit:
-        followed = facts.active_policy in (None, facts.config["generation"])
-        under = "" if followed else f" under the decision `{facts.active_policy}`, not this one"
+        followed = facts.active in (None, facts.config["generation"])
+        under = "" if followed else f" under the decision `{facts.active}`, not this one"
         text += [
             f"The filter's errors, from planted pairs of known truth and a judge outside the loop{under}; `noise_left` is the "
             "estimated share of wrong texts among those kept, `noise_before` among all:",

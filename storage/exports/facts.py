@@ -8,7 +8,9 @@ from storage import catalog
 from storage.exports.format import Plan
 from storage.exports.selection import Selection
 from storage.exports.target import File, PieceRecord, Target
+from storage.generations import active_generation
 from storage.lake import Lake
+from storage.parts_sql import rows_of
 from storage.tables import PartRef, part_manifest
 
 HELDOUT = ("mean_recall", "i2t_r1", "t2i_r1", "itm_auc_random", "itm_auc_hard", "cider", "bleu4")
@@ -81,7 +83,7 @@ class Facts:
     models: Sequence[tuple[str, str, str | None, str | None, str | None]]
     """(what it did, model id, path, parent id, training set)."""
     metrics: Sequence[Metric]
-    active_policy: str | None
+    active: str | None
     """The decision that counts in the round, by which the round's own figures were measured."""
     decided_on: str
     """Date of the decision."""
@@ -101,9 +103,10 @@ def gather(
     """Ask the lake as the round left it, and the export for what it holds."""
     config = target.basis["config"]
     round = int(config["round"])
+    active = active_generation(lake, round)
     with catalog.connect(lake, as_of=round) as con:
         given = {"round": round}
-        rows = catalog.rows_of(lake, "decisions", [part])
+        rows = rows_of(lake, "decisions", [part])
         return Facts(
             title=config["name"] or f"{config['policy']}-round-{round}",
             format=config["format"],
@@ -123,7 +126,7 @@ def gather(
                 Metric(**dict(zip(Metric.__slots__, row, strict=True)))
                 for row in con.execute(METRICS, given).fetchall()
             ],
-            active_policy=catalog.active_policy(lake, round),
+            active=active.generation if active else None,
             decided_on=part_manifest(lake, part).started_at[:10],
             fetched=con.execute(FETCHED).fetchall()[0],
         )

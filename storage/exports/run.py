@@ -292,8 +292,9 @@ def _decision(
     lake: Lake, round: int, policy: str | None, params: Mapping[str, Any] | None
 ) -> PartRef:
     """The decision to follow; the lake is held only when one has to be made."""
-    if choice.is_decided(lake, round, policy, params):
-        return choice.decided_part(lake, round, policy, params)
+    found = choice.found_part(lake, round, policy, params)
+    if found is not None:
+        return found
     with lake.lock("export: decide"):
         return choice.decided_part(lake, round, policy, params)
 

@@ -11,6 +11,7 @@ import duckdb
 
 from storage import catalog
 from storage.lake import Lake
+from storage.parts_sql import rows_of
 from storage.tables import PartRef
 
 BATCH_ROWS = 10_000
@@ -108,7 +109,7 @@ class Picked:
 
 def kept_sql(lake: Lake, part: PartRef) -> str:
     """SQL of (caption_id, image_id, source): what one decision keeps, and nothing but web and synthetic."""
-    rows = catalog.rows_of(lake, "decisions", [part])
+    rows = rows_of(lake, "decisions", [part])
     return (
         f"SELECT caption_id, image_id, source FROM ({rows}) "
         "WHERE kept AND source IN ('web', 'synthetic')"
@@ -118,9 +119,9 @@ def kept_sql(lake: Lake, part: PartRef) -> str:
 def withheld_sql() -> str:
     """SQL of (image_id): images that no export holds, whatever a policy says of their texts."""
     return f"""
-    SELECT image_id FROM images WHERE heldout
+    -- Held out, or kept out of all training to audit filters: once trained on, they measure nothing.
+    SELECT image_id FROM reserved
     UNION
-    -- Pairs of known truth by which the filter is audited: once trained on, they measure nothing.
     SELECT image_id FROM captions WHERE source = 'canary'
     UNION
     {opted_out_sql()}

@@ -6,6 +6,4 @@ SELECT
 FROM captions c
 JOIN pairs p ON p.image_id = c.image_id AND p.pool = 'human' AND p.status = 'ok'
 WHERE c.source = 'human'
-  AND NOT EXISTS (
-      SELECT 1 FROM pairs h WHERE h.image_id = c.image_id AND h.pool = 'heldout'
-  );
+  AND NOT EXISTS (SELECT 1 FROM reserved h WHERE h.image_id = c.image_id);

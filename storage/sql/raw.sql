@@ -7,6 +7,4 @@ FROM captions c
 JOIN pairs p ON p.image_id = c.image_id AND p.pool = 'web' AND p.status = 'ok'
 WHERE c.source = 'web'
   AND c.status = 'ok'
-  AND NOT EXISTS (
-      SELECT 1 FROM pairs h WHERE h.image_id = c.image_id AND h.pool = 'heldout'
-  );
+  AND NOT EXISTS (SELECT 1 FROM reserved h WHERE h.image_id = c.image_id);

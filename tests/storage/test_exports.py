@@ -13,11 +13,11 @@ import pytest
 from export_world import kept_texts, web_picture, write_lake
 
 from storage import ids
-from storage.catalog import active_policy
 from storage.errors import ConfigError, CorruptData, EmptyInput, LakeBusy, StaleOutput
 from storage.exports import Options, export
 from storage.exports.format import DamagedExport
 from storage.exports.target import Target
+from storage.generations import active_generation
 from storage.lake import Lake
 from storage.shards import iter_shard
 
@@ -127,17 +127,17 @@ def test_export_to_memory_and_from_memory_is_as_on_a_disk(tmp_path: Path, shared
 
 def test_export_follows_a_policy_by_name_and_leaves_the_active_one(tmp_path: Path) -> None:
     lake = write_lake(str(tmp_path / "lake"))
-    active = active_policy(lake, 1)
+    active = active_generation(lake, 1)
     mine = tmp_path / "long.sql"
     mine.write_text(
-        "SELECT caption_id, length(caption) > 20 AND itm_prob > 0 AS kept, 'length' AS reason FROM candidates"
+        "SELECT caption_id, length(caption) > 20 AS kept, 'length' AS reason FROM candidates"
     )
     done = export(lake, str(tmp_path / "x"), Options(format="ids"), policy=str(mine), params={})
     everything = kept_texts(threshold=0.0)
     wanted = {ids.caption_id(*text) for text in everything if len(text[2]) > 20}
     assert set(exported_ids(tmp_path / "x")) == wanted
     assert done.policy == "long"
-    assert active_policy(lake, 1) == active
+    assert active_generation(lake, 1) == active
     again = export(lake, str(tmp_path / "y"), Options(format="ids"), policy="long")
     assert again.generation == done.generation
     assert hashes(tmp_path / "x")["export.json"] == hashes(tmp_path / "y")["export.json"]
@@ -145,17 +145,34 @@ def test_export_follows_a_policy_by_name_and_leaves_the_active_one(tmp_path: Pat
 
 def test_export_decides_by_a_policy_that_has_not_decided_yet(tmp_path: Path) -> None:
     lake = write_lake(str(tmp_path / "lake"))
-    before = active_policy(lake, 1)
-    done = export(lake, str(tmp_path / "x"), Options(format="ids"), policy="itc")
-    assert (done.policy, active_policy(lake, 1)) == ("itc", before)
-    # itc_sim is itm_prob - 0.25 there.
-    assert set(exported_ids(tmp_path / "x")) == wanted_ids(threshold=0.75) != wanted_ids()
+    before = active_generation(lake, 1)
+    done = export(lake, str(tmp_path / "x"), Options(format="ids"), policy="synthetic")
+    assert (done.policy, active_generation(lake, 1)) == ("synthetic", before)
+    wanted = {ids.caption_id(*t) for t in kept_texts(threshold=0.0) if t[1] == "synthetic"}
+    assert set(exported_ids(tmp_path / "x")) == wanted
+
+
+def test_export_names_the_ways_in_which_a_policy_has_decided(tmp_path: Path) -> None:
+    lake = write_lake(str(tmp_path / "lake"))
+    options = Options(format="ids")
+    names = [
+        export(lake, str(tmp_path / str(t)), options, policy="itc", params={"threshold": t})
+        for t in (0.5, 0.6)
+    ]
+    with pytest.raises(ConfigError, match="policy itc has decided round 1 in several ways: itc-"):
+        export(lake, str(tmp_path / "x"), options, policy="itc")
+    done = export(lake, str(tmp_path / "x"), options, policy=names[1].generation)
+    assert (done.policy, done.generation) == ("itc", names[1].generation)
+    assert set(exported_ids(tmp_path / "x")) == wanted_ids(threshold=0.85)
+    again = export(lake, str(tmp_path / "y"), options, params={"threshold": 0.6})
+    assert again.policy == "blip", "parameters alone are those of the policy that counts"
+    assert export(lake, str(tmp_path / "z"), options, policy="blip").num_texts == len(kept_texts())
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"policy": "no_such"}, "'no_such' is unknown; there are blip"),
+        ({"policy": "no_such"}, "'no_such' is unknown; there are all, best_of, blip"),
         ({"policy": "blip", "params": {"treshold": 0.6}}, "treshold"),
         ({"round": 7}, "round 7 of lake .* has no decisions"),
         ({"round": 7, "policy": "blip"}, "round 7"),

@@ -78,7 +78,7 @@ def test_trainset_knows_where_images_start_across_batches(
 def test_trainset_refuses_held_out_and_unknown_images(lake: Lake) -> None:
     write_world(lake)
     everything = "SELECT image_id, caption, source FROM captions WHERE source = 'web'"
-    with pytest.raises(ConfigError, match="of 4 rows, 1 show held-out images"):
+    with pytest.raises(ConfigError, match="of 4 rows, 1 show held-out or canary images"):
         build_trainset(lake, everything, name="leak")
     unknown = "SELECT 'nowhere' AS image_id, 'x' AS caption, 'web' AS source"
     with pytest.raises(ConfigError, match="1 images that are not stored"):

@@ -61,7 +61,10 @@ def test_export_names_what_was_lost(tmp_path: Path, capsys: pytest.CaptureFixtur
     ("options", "words"),
     [
         (["--to", "lake"], "holds something that is not an export: lake.json"),
-        (["--to", "new", "--policy", "clip"], "policy 'clip' is unknown; there are blip"),
+        (
+            ["--to", "new", "--policy", "clip"],
+            "policy 'clip' is unknown; there are all, best_of, blip",
+        ),
         (["--to", "new", "--set", "threshold"], "--set 'threshold' is not PARAMETER=VALUE"),
         (["--to", "new", "--policy", "itc", "--set", "treshold=0.4"], "treshold"),
         (["--to", "new", "--round", "9"], "round 9 of lake"),
