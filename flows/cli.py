@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flows import decide_command, round_commands
+from flows import decide_command, exports, round_commands
 from flows.environment import prepare
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
         if name == "decide":
             decide_command.add_options(stage)
     _model_commands(commands)
+    exports.register(commands)
     sql = _command(commands, "sql", "ask the lake; without a query, a prompt", _sql)
     sql.add_argument("query", nargs="?", help="one SELECT statement")
     sql.add_argument("--lake", help="lake to read; else BOOTSTRAP_LAKE, else the last used here")
@@ -105,17 +106,12 @@ def _model_commands(commands: Any) -> None:
     finetune.add_argument("--role", choices=("captioner", "filter"), default="captioner")
     _config_options(finetune)
     finetune.set_defaults(preset="base", lake=None, on_stale=None)
-    export = _command(commands, "export", "write a model of the lake for transformers", _export)
-    export.add_argument("role", choices=("captioner", "filter", "med"))
-    export.add_argument("--lake", help="lake to read")
-    export.add_argument("--round", type=int, help="the latest when not given, for med the champion")
-    for sub in (finetune, export):
-        sub.add_argument("--out", required=True, help="folder to write the model into")
-        sub.add_argument(
-            "--layout",
-            choices=("own", "hf-captioning", "hf-retrieval"),
-            help="own, or a class of transformers; as the role needs when not given",
-        )
+    finetune.add_argument("--out", required=True, help="folder to write the model into")
+    finetune.add_argument(
+        "--layout",
+        choices=("own", "hf-captioning", "hf-retrieval"),
+        help="own, or a class of transformers; as the role needs when not given",
+    )
 
 
 def _command(
@@ -240,19 +236,6 @@ def _finetune(options: argparse.Namespace) -> int:
             on_progress=partial(bars, options.role),
         )
     console.print(f"model:  {options.out}", highlight=False)
-    return 0
-
-
-def _export(options: argparse.Namespace) -> int:
-    from flows.export import export_model
-    from flows.terminal import console
-    from storage import Lake
-
-    lake = Lake.open(find_lake(options.lake), read_only=True)
-    ref = export_model(
-        lake, options.role, Path(options.out), round=options.round, layout=options.layout
-    )
-    console.print(f"{ref.role} {ref.model_id} of round {ref.round}: {options.out}", highlight=False)
     return 0
 
 
