@@ -108,6 +108,13 @@ DEFAULT_RULES: dict[str, dict[str, Any]] = {
         "canaries", "filter_recall", "first", -0.1, end="high", if_failed="refuse"
     ),
     "filter_recall_last": _differs("canaries", "filter_recall", "last", -0.1, end="high"),
+    # What people say of the captions that the round's captioner writes for canary images.
+    "contradicted_first": _differs(
+        "canaries", "written_contradicted", "first", 0.15, direction="at_most", if_failed="refuse"
+    ),
+    "contradicted_last": _differs(
+        "canaries", "written_contradicted", "last", 0.1, direction="at_most"
+    ),
     # A scorer outside the loop: when the two part, the loop is flattering itself.
     "judge_agreement_first": _differs("judge", "judge_agreement", "first", -0.1),
     "judge_agreement_last": _differs("judge", "judge_agreement", "last", -0.1),
