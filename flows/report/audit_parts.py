@@ -44,11 +44,10 @@ def audit_parts(audit: AuditFacts, numbers: charts.Numbering) -> dict[str, Any]:
 def _panels(audit: AuditFacts, numbers: charts.Numbering) -> list[Panel]:
     panels = []
     if audit.curves:
-        legend = ", ".join(curve.kind for curve in audit.curves)
         panels.append(
             Panel(
                 title="True pairs against mismatches",
-                note=f"A line for each kind of mismatch: {legend}. The further up and left, the better.",
+                note="A line for each kind of mismatch. The further up and left, the better.",
                 svg=roc_chart(numbers, audit.curves),
             )
         )
