@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flows import decide_command
+from flows import decide_command, sql_command, sweep_command, why_command
 from flows.environment import prepare
 
 if TYPE_CHECKING:
@@ -75,10 +75,9 @@ def parser() -> argparse.ArgumentParser:
         if name == "decide":
             decide_command.add_options(stage)
     _model_commands(commands)
-    sql = _command(commands, "sql", "ask the lake; without a query, a prompt", _sql)
-    sql.add_argument("query", nargs="?", help="one SELECT statement")
-    sql.add_argument("--lake", help="lake to read; else BOOTSTRAP_LAKE, else the last used here")
-    sql.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    sweep_command.register(commands, _command)
+    why_command.register(commands, _command)
+    sql_command.register(commands, _command)
     rounds = _command(commands, "rounds", "the rounds of a lake with their verdicts", _rounds)
     rounds.add_argument("--lake", help="lake to read")
     repair = _command(
@@ -246,19 +245,6 @@ def _bars() -> Any:
     bars = StageBars()
     add_sink(bars)
     return bars
-
-
-def _sql(options: argparse.Namespace) -> int:
-    from flows.sqlprompt import prompt
-    from flows.terminal import print_rows, rows_of
-    from storage import Lake, query
-
-    lake = Lake.open(find_lake(options.lake), read_only=True)
-    if options.query is None:
-        return prompt(lake)
-    result = query(lake, options.query)
-    print_rows(result.column_names, rows_of(result), options.format)
-    return 0
 
 
 def _rounds(options: argparse.Namespace) -> int:
