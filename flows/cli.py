@@ -11,7 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flows import decide_command, exports, round_commands
+from flows import (
+    decide_command,
+    exports,
+    round_commands,
+    sql_command,
+    sweep_command,
+    why_command,
+)
 from flows.environment import prepare
 
 if TYPE_CHECKING:
@@ -76,10 +83,9 @@ def parser() -> argparse.ArgumentParser:
             decide_command.add_options(stage)
     _model_commands(commands)
     exports.register(commands)
-    sql = _command(commands, "sql", "ask the lake; without a query, a prompt", _sql)
-    sql.add_argument("query", nargs="?", help="one SELECT statement")
-    sql.add_argument("--lake", help="lake to read; else BOOTSTRAP_LAKE, else the last used here")
-    sql.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    sweep_command.register(commands, _command)
+    why_command.register(commands, _command)
+    sql_command.register(commands, _command)
     round_commands.register(commands, _command)
     repair = _command(
         commands, "repair", "check every committed file, drop what is damaged", _repair
@@ -246,19 +252,6 @@ def _bars() -> Any:
     bars = StageBars()
     add_sink(bars)
     return bars
-
-
-def _sql(options: argparse.Namespace) -> int:
-    from flows.sqlprompt import prompt
-    from flows.terminal import print_rows, rows_of
-    from storage import Lake, query
-
-    lake = Lake.open(find_lake(options.lake), read_only=True)
-    if options.query is None:
-        return prompt(lake)
-    result = query(lake, options.query)
-    print_rows(result.column_names, rows_of(result), options.format)
-    return 0
 
 
 def _repair(options: argparse.Namespace) -> int:
