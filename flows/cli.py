@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from flows import round_commands
 from flows.environment import prepare
 
 if TYPE_CHECKING:
@@ -75,8 +76,7 @@ def parser() -> argparse.ArgumentParser:
     sql.add_argument("query", nargs="?", help="one SELECT statement")
     sql.add_argument("--lake", help="lake to read; else BOOTSTRAP_LAKE, else the last used here")
     sql.add_argument("--format", choices=("table", "csv", "json"), default="table")
-    rounds = _command(commands, "rounds", "the rounds of a lake with their verdicts", _rounds)
-    rounds.add_argument("--lake", help="lake to read")
+    round_commands.register(commands, _command)
     repair = _command(
         commands, "repair", "check every committed file, drop what is damaged", _repair
     )
@@ -252,20 +252,6 @@ def _sql(options: argparse.Namespace) -> int:
         return prompt(lake)
     result = query(lake, options.query)
     print_rows(result.column_names, rows_of(result), options.format)
-    return 0
-
-
-def _rounds(options: argparse.Namespace) -> int:
-    from flows.terminal import print_rows, rows_of
-    from storage import Lake, query
-
-    lake = Lake.open(find_lake(options.lake), read_only=True)
-    result = query(
-        lake,
-        "SELECT round, status, why, champion_before, champion_after, started_at, finished_at "
-        "FROM rounds ORDER BY round",
-    )
-    print_rows(result.column_names, rows_of(result), "table")
     return 0
 
 

@@ -283,13 +283,6 @@ class EvaluateSettings(Section):
     """Most tokens of an evaluated caption."""
 
 
-class GateSettings(Section):
-    """When a challenger becomes the champion."""
-
-    max_recall_drop: float = Field(default=0.0, ge=0, le=1)
-    """How far the challenger's mean recall may lie below the champion's."""
-
-
 class ReportSettings(Section):
     """The static page of a round."""
 

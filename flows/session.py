@@ -15,7 +15,7 @@ import torch
 
 from flows.errors import MissingInput, SettingsError
 from flows.settings import BootstrapSettings
-from storage import Lake, layout, registry, rounds
+from storage import Lake, by_hand, layout, registry, rounds
 from storage.tables import OnStale
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ def open_run(settings: BootstrapSettings, *, purpose: str) -> Iterator[Run]:
     )
     with lake.lock(purpose):
         remember_lake(uri)
+        by_hand.settle(lake)
         number = choose_round(lake, settings, purpose)
         champion = registry.champion(lake) if number > 1 else None
         rounds.begin_round(

@@ -18,12 +18,12 @@ from pydantic import ValidationError, model_validator
 
 from flows.audit_section import AuditSettings
 from flows.errors import SettingsError
+from flows.gate_section import GateSettings, gate_basis
 from flows.sections import (
     CaptionSettings,
     CurateSettings,
     DecideSettings,
     EvaluateSettings,
-    GateSettings,
     IngestSettings,
     MachineSettings,
     ModelSettings,
@@ -181,6 +181,7 @@ class BootstrapSettings(Section):
         for name in EVALUATE_NOT_IN_FINGERPRINTS:
             dumped["evaluate"].pop(name)
         dumped["model"] = model_basis(self.model)
+        dumped["gate"] = gate_basis(self.gate)
         for name in ("pretrain", "captioner", "filter", "retrain"):
             section = getattr(self, name)
             dumped[name] = None if section is None else train_basis(section)

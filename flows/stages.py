@@ -19,7 +19,8 @@ from flows.refs import StageResult
 from flows.session import Run, open_run
 from flows.settings import BootstrapSettings
 from flows.steps import plans
-from flows.steps.gate import Verdict, judge
+from flows.steps.collapse import measure_captions
+from flows.steps.gate import Verdict, judge, write_findings
 from flows.steps.ingest import drawn_world
 from flows.steps.plan import TrainPlan
 from storage import ModelRef, PartRef, registry, rounds, write_catalog
@@ -155,12 +156,13 @@ def evaluate(settings: BootstrapSettings) -> StageResult:
                 if run.settings.world is not None and ref in whole:
                     parts.append(measure_truth(run, ref, drawn_world(run)))
                 progress(done + 1, len(wanted), ref.model_id[:8])
+        parts += measure_captions(run)
         return _result(run, "evaluate", parts)
 
 
 @flow(name="gate")
 def gate(settings: BootstrapSettings) -> Verdict:
-    """Promote the round's model to champion, or refuse it; either way with the reason.
+    """Promote the round's model to champion, refuse it, or ask a person; always with the reason.
 
     A round that has its verdict keeps it.
     """
@@ -169,11 +171,12 @@ def gate(settings: BootstrapSettings) -> Verdict:
         verdict = judge(run, champion, challenger)
         record = rounds.read_round(run.lake, run.round)
         if record is None or record.status == "running":
+            write_findings(run, verdict)
             latest = rounds.latest_round(run.lake)
             if verdict.promoted and latest is not None and latest.round == run.round:
                 registry.promote(run.lake, challenger.model_id, run.round, verdict.why)
             finish_round(run, verdict, (challenger if verdict.promoted else champion).model_id)
-        logger.info("round %d: %s", run.round, verdict.why)
+        logger.info("round %d: %s: %s", run.round, verdict.status, verdict.why)
         return verdict
 
 

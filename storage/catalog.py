@@ -15,6 +15,7 @@ import duckdb
 import pyarrow as pa
 
 from storage import layout
+from storage.champions import champions_sql
 from storage.errors import ConfigError, LakeError, QueryRefused, StorageFull
 from storage.fs import explained
 from storage.lake import Lake
@@ -34,6 +35,7 @@ VIEWS = (
     "funnel",
     "noise",
     "lineage",
+    "round_costs",
     "compare_rounds",
     "why",
 )
@@ -70,6 +72,7 @@ def create_views(con: duckdb.DuckDBPyConnection, lake: Lake, *, as_of: int | Non
             parts = [ref for ref in parts if not _is_later(ref, as_of)]
         con.execute(f"CREATE OR REPLACE VIEW {name} AS {rows_of(lake, table, parts)}")
     con.execute(f"CREATE OR REPLACE VIEW active_policies AS {_active_policies(lake)}")
+    con.execute(f"CREATE OR REPLACE VIEW champions AS {champions_sql(lake)}")
     for view in VIEWS:
         con.execute(files("storage").joinpath("sql", f"{view}.sql").read_text("utf-8"))
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -22,6 +22,8 @@ from storage.tables import commit_part, committed_part, file_sha256, list_parts,
 
 WEIGHTS = "model.safetensors"
 ROLES = ("med", "captioner", "filter")
+Action = Literal["gate", "promote", "rollback"]
+"""Who changed the champion: a round's gate, or a person."""
 FOREIGN_ROLES = ("foreign_captioner", "foreign_scorer")
 """Models that were not trained here: their weights stay where they are, and `path` is a reference."""
 
@@ -178,10 +180,15 @@ def lineage_of(lake: Lake, model_id: str) -> dict[str, Any]:
     return record
 
 
-def last_promotion(lake: Lake) -> dict[str, Any] | None:
-    """The last entry of the champion's history: model_id, round, why."""
+def promotions(lake: Lake) -> list[dict[str, Any]]:
+    """The champion's history, the oldest first: model_id, round, why; action and at where it is known."""
     state = _champion_state(lake)
-    return dict(state["history"][-1]) if state else None
+    return [dict(entry) for entry in state["history"]] if state else []
+
+
+def last_promotion(lake: Lake) -> dict[str, Any] | None:
+    """The last entry of the champion's history."""
+    return (promotions(lake) or [None])[-1]
 
 
 def champion(lake: Lake) -> ModelRef | None:
@@ -199,15 +206,22 @@ def champion(lake: Lake) -> ModelRef | None:
     return next((r for r in models if r.role == "med"), models[0])
 
 
-def promote(lake: Lake, model_id: str, round: int, why: str) -> ModelRef:
-    """Make a registered model the champion; promoting it twice in a round changes nothing."""
+def promote(
+    lake: Lake, model_id: str, round: int, why: str, *, action: Action = "gate"
+) -> ModelRef:
+    """Make a registered model the champion; promoting it twice in a row for a round changes nothing.
+
+    The history is only added to. `action` says who: a round's gate, or a person (`storage.by_hand`).
+    """
     if not re.fullmatch(f"[0-9a-f]{{{ID_LENGTH}}}", model_id):
         raise ConfigError(f"model id {model_id!r} is not {ID_LENGTH} hex digits")
     ref = resolve(lake, model_id)
-    state = _champion_state(lake) or {"history": []}
-    history = [h for h in state["history"] if h["round"] != round]
-    entry = {"model_id": model_id, "round": round, "why": why}
-    if state["history"][-1:] != [entry]:
+    history = promotions(lake)
+    entry = {"model_id": model_id, "round": round, "why": why, "action": action}
+    last = history[-1] if history else {}
+    same = ("model_id", "round", "why")
+    if [last.get(name) for name in same] != [entry[name] for name in same]:
+        entry["at"] = datetime.now(UTC).isoformat(timespec="seconds")
         data = json.dumps({"history": [*history, entry]}, indent=2)
         lake.root.write_bytes(layout.CHAMPION, data.encode())
     return ref

@@ -138,10 +138,46 @@ METRICS = pa.schema(
     ]
 )
 
+RANKS = pa.schema(
+    [
+        _column("round", pa.int32(), "round that measured it", False),
+        _column("model_id", _TEXT, "the model measured", False),
+        _column("dataset", _TEXT, "what it was measured on", False),
+        _column("direction", _TEXT, "i2t (image to text) or t2i (text to image)", False),
+        _column("image_id", _TEXT, "the image", False),
+        _column("caption_id", _TEXT, "the text that was looked up; null for i2t"),
+        _column("rank", _INT, "place of what belongs to it, from 0", False),
+    ]
+)
+
+GATE_RULES = pa.schema(
+    [
+        _column("round", pa.int32(), "round that was judged", False),
+        _column("rule", _TEXT, "name of the rule, as in the settings", False),
+        _column("dataset", _TEXT, "dataset of the figure in metrics", False),
+        _column("metric", _TEXT, "name of the figure in metrics", False),
+        _column("model_id", _TEXT, "model that the figure is of; null when not measured"),
+        _column("measured", _FLOAT, "the figure"),
+        _column("reference", _FLOAT, "what it is compared with"),
+        _column("value", _FLOAT, "the figure, its difference or its ratio: held against the limit"),
+        _column("low", _FLOAT, "lower end of the 95 % interval of value"),
+        _column("high", _FLOAT, "upper end of the 95 % interval of value"),
+        _column("limit", _FLOAT, "the limit", False),
+        _column("direction", _TEXT, "at_least or at_most", False),
+        _column("against", _TEXT, "champion, best, first, last or nothing", False),
+        _column("outcome", _TEXT, "pass, fail or not measured", False),
+        _column("verdict_if_failed", _TEXT, "refuse or person", False),
+        _column("why", _TEXT, "the rule's finding in words", False),
+    ]
+)
+
+ROUND_STATUSES = ("running", "promoted", "refused", "needs a person", "rolled back", "failed")
+"""What a round may have come to; all but `running` are ends."""
+
 ROUNDS = pa.schema(
     [
         _column("round", pa.int32(), "the round, from 1", False),
-        _column("status", _TEXT, "running, promoted or refused", False),
+        _column("status", _TEXT, f"one of {', '.join(ROUND_STATUSES)}", False),
         _column("settings", _TEXT, "what it was begun with, as a JSON object", False),
         _column("counts", _TEXT, "rows by stage, as a JSON object", False),
         _column("champion_before", _TEXT, "model id of the champion it began with"),
@@ -152,6 +188,7 @@ ROUNDS = pa.schema(
         _column("seconds", _TEXT, "wall seconds by stage, as a JSON object", False),
         _column("device_seconds", _TEXT, "device seconds by stage, as a JSON object", False),
         _column("speed", _TEXT, "images/s, memory and MFU by training, as a JSON object"),
+        _column("decided_by", _TEXT, "gate or hand; null while running and in older parts"),
     ]
 )
 
@@ -204,9 +241,11 @@ TABLES: dict[str, pa.Schema] = {
     "models": MODEL_RECORDS,
     "metrics": METRICS,
     "rounds": ROUNDS,
+    "ranks": RANKS,
+    "gate_rules": GATE_RULES,
 }
 
-ADDED_LATER = {"metrics": ("protocol",), "rounds": ("speed",)}
+ADDED_LATER = {"metrics": ("protocol",), "rounds": ("speed", "decided_by")}
 """Columns that parts of older lakes do not have; nullable."""
 
 

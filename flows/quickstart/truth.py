@@ -9,7 +9,8 @@ from flows.quickstart.world import World
 from flows.session import Run
 from flows.settings import curate_basis, decoding_fields
 from flows.steps.batches import rows_table
-from flows.steps.evaluate import DATASET, PROTOCOL_OF, held_out, heldout_captions
+from flows.steps.evaluate import PROTOCOL_OF, heldout_captions
+from flows.steps.heldout import DATASET, held_out
 from storage import Clock, ModelRef, PartRef, basis_of, commit_part, committed_part
 
 STAGE_VERSION = 2
