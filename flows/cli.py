@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flows import round_commands
+from flows import decide_command, round_commands
 from flows.environment import prepare
 
 if TYPE_CHECKING:
@@ -70,7 +70,10 @@ def parser() -> argparse.ArgumentParser:
         _command(commands, "quickstart", "the cycle in a drawn world of known truth", _quickstart)
     )
     for name, text in STAGES.items():
-        _settings_options(_command(commands, name, text, _stage))
+        stage = _command(commands, name, text, _stage)
+        _settings_options(stage)
+        if name == "decide":
+            decide_command.add_options(stage)
     _model_commands(commands)
     sql = _command(commands, "sql", "ask the lake; without a query, a prompt", _sql)
     sql.add_argument("query", nargs="?", help="one SELECT statement")
@@ -189,6 +192,8 @@ def _quickstart(options: argparse.Namespace) -> int:
 
 
 def _stage(options: argparse.Namespace) -> int:
+    if options.name == "decide" and decide_command.is_by_hand(options):
+        return decide_command.decide_by_hand(options)
     from flows import stages
     from flows.terminal import console
 

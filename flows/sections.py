@@ -258,10 +258,21 @@ class DecideSettings(Section):
     """Which texts are kept."""
 
     policy: str = "blip"
-    """Name of a policy in storage/policies."""
-    threshold: float | None = Field(default=0.5, ge=0, le=1)
-    """Least itm_prob of a kept text (paper: the ITM head's own verdict, 0.5), least itc_sim with policy
-    itc; null for a policy that knows no `$threshold`."""
+    """Name of a policy in storage/policies, or the path of a .sql file."""
+    threshold: float | None = Field(default=None, ge=-1, le=1)
+    """Its parameter `threshold`, such as the least itm_prob of a kept text; the policy's own default when not given
+    (blip: 0.5, the ITM head's own verdict, as in the paper)."""
+    params: dict[str, float | int | str] = {}
+    """Its other parameters by name; `bootstrap policies` lists them with their ranges."""
+    time_limit_s: float = Field(default=3600.0, gt=0)
+    """Longest that the policy may take over all texts."""
+
+    @property
+    def given_params(self) -> dict[str, float | int | str]:
+        """The parameters that are given, the threshold among them."""
+        return (
+            self.params if self.threshold is None else {**self.params, "threshold": self.threshold}
+        )
 
 
 class EvaluateSettings(Section):

@@ -33,7 +33,7 @@ from flows.sections import (
     WorldSettings,
 )
 from flows.train_section import TrainSettings
-from storage.policy import explain_absent, needed_numbers, read_policy
+from storage.policy_file import explain_absent, read_policy
 
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 PRESET_FOLDER_VARIABLE = "BOOTSTRAP_CONFIGS"
@@ -163,11 +163,10 @@ class BootstrapSettings(Section):
 
     @model_validator(mode="after")
     def _policy_fits_the_scorer(self) -> BootstrapSettings:
-        scorer, policy = self.score.scorer, self.decide.policy
-        if scorer.startswith(("clip:", "open_clip:")) and "itm_prob" in needed_numbers(
-            read_policy(policy)[1]
-        ):
-            raise ValueError(explain_absent(policy, "itm_prob", f"score.scorer {scorer}"))
+        scorer, policy = self.score.scorer, read_policy(self.decide.policy)
+        needed = policy.needed_numbers(policy.params(self.decide.given_params))
+        if scorer.startswith(("clip:", "open_clip:")) and "itm_prob" in needed:
+            raise ValueError(explain_absent(policy.name, "itm_prob", f"score.scorer {scorer}"))
         return self
 
     def as_basis(self) -> dict[str, Any]:
@@ -180,6 +179,7 @@ class BootstrapSettings(Section):
         dumped["caption"], dumped["score"] = curate_basis(self.caption), curate_basis(self.score)
         for name in EVALUATE_NOT_IN_FINGERPRINTS:
             dumped["evaluate"].pop(name)
+        dumped["decide"] = decide_basis(self.decide)
         dumped["model"] = model_basis(self.model)
         dumped["gate"] = gate_basis(self.gate)
         for name in ("pretrain", "captioner", "filter", "retrain"):
@@ -213,6 +213,16 @@ def curate_basis(settings: CaptionSettings | ScoreSettings) -> dict[str, Any]:
         if dumped[name] == type(settings).model_fields[name].default:
             del dumped[name]
     return dumped
+
+
+def decide_basis(settings: DecideSettings) -> dict[str, Any]:
+    """What of the settings of deciding its rows depend on: every parameter of the policy with its value.
+
+    The threshold stands by itself, as it did in the first lakes.
+    """
+    params: dict[str, Any] = dict(read_policy(settings.policy).params(settings.given_params))
+    basis = {"policy": settings.policy, "threshold": params.pop("threshold", None)}
+    return basis | ({"params": params} if params else {})
 
 
 def decoding_fields(settings: CaptionSettings) -> dict[str, Any]:

@@ -4,7 +4,6 @@
 DuckDB CLI. The views are the files of `storage/sql`; DuckDB only reads.
 """
 
-import json
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +15,12 @@ import pyarrow as pa
 
 from storage import layout
 from storage.champions import champions_sql
-from storage.errors import ConfigError, LakeError, QueryRefused, StorageFull
+from storage.errors import ConfigError, QueryRefused, StorageFull
 from storage.fs import explained
+from storage.generations import active_generation
 from storage.lake import Lake
-from storage.schemas import ADDED_LATER, TABLES
+from storage.parts_sql import quoted, rows_of
+from storage.schemas import TABLES
 from storage.tables import PartRef, list_parts
 
 VIEWS = (
@@ -65,16 +66,33 @@ def connect(
 
 def create_views(con: duckdb.DuckDBPyConnection, lake: Lake, *, as_of: int | None = None) -> None:
     """Make every view: the tables first, then the files of `storage/sql`."""
+    parts: dict[str, list[PartRef]] = {}
     for table in TABLES:
         name = _VIEW_OF.get(table, table)
-        parts = list_parts(lake, table, check=True)
+        parts[table] = list_parts(lake, table, check=True)
         if as_of is not None:
-            parts = [ref for ref in parts if not _is_later(ref, as_of)]
-        con.execute(f"CREATE OR REPLACE VIEW {name} AS {rows_of(lake, table, parts)}")
-    con.execute(f"CREATE OR REPLACE VIEW active_policies AS {_active_policies(lake)}")
+            parts[table] = [ref for ref in parts[table] if not _is_later(ref, as_of)]
+        con.execute(f"CREATE OR REPLACE VIEW {name} AS {rows_of(lake, table, parts[table])}")
+    active = _active_parts(lake, parts["decisions"])
+    con.execute(f"CREATE OR REPLACE VIEW active_policies AS {_active_policies(lake, active)}")
+    counting = rows_of(lake, "decisions", list(active.values()))
+    con.execute(f"CREATE OR REPLACE VIEW active_decisions AS {counting}")
     con.execute(f"CREATE OR REPLACE VIEW champions AS {champions_sql(lake)}")
     for view in VIEWS:
-        con.execute(files("storage").joinpath("sql", f"{view}.sql").read_text("utf-8"))
+        con.execute(_sql_of(view))
+    # The same for any generation, whichever counts.
+    con.execute(
+        _sql_of("verdicts")
+        .replace("VIEW verdicts AS", "MACRO verdicts_of(a_round, a_generation) AS TABLE")
+        .replace(
+            "FROM active_decisions d",
+            "FROM (FROM decisions WHERE round = a_round AND generation = a_generation) d",
+        )
+    )
+
+
+def _sql_of(view: str) -> str:
+    return files("storage").joinpath("sql", f"{view}.sql").read_text("utf-8")
 
 
 def query(
@@ -125,7 +143,7 @@ def fenced(
     """
     con = connect(lake, memory_limit, threads)
     if lake.root.is_local:
-        con.execute(f"SET allowed_directories = [{_quoted(lake.root.base)}]")
+        con.execute(f"SET allowed_directories = [{quoted(lake.root.base)}]")
         con.execute("SET enable_external_access = false")
     else:
         con.execute("SET disabled_filesystems = 'LocalFileSystem'")
@@ -200,76 +218,38 @@ def _config(lake: Lake, memory_limit: str, threads: int | None) -> dict[str, Any
     return config
 
 
-def rows_of(lake: Lake, table: str, parts: list[PartRef]) -> str:
-    """SQL of the rows of some parts: an explicit list, or no row of the right types."""
-    schema = TABLES[table]
-    nothing = ", ".join(f'CAST(NULL AS {_sql_type(f.type)}) AS "{f.name}"' for f in schema)
-    nothing = f"SELECT {nothing} WHERE false"
-    if not parts:
-        return nothing
-    columns = ", ".join(f'"{f.name}"' for f in schema)
-    paths = ", ".join(_quoted(_address(lake, ref.path)) for ref in parts)
-    if table not in ADDED_LATER:
-        return f"SELECT {columns} FROM read_parquet([{paths}], hive_partitioning = false)"
-    # Parts may lack a column, all of them even: by name, beside no rows that have it.
-    found = (
-        f"SELECT * FROM read_parquet([{paths}], hive_partitioning = false, union_by_name = true)"
-    )
-    return f"SELECT {columns} FROM ({nothing} UNION ALL BY NAME {found})"
-
-
 def _is_later(ref: PartRef, round: int) -> bool:
     """Whether a part was made by a round after `round`, or from web pairs that one took in."""
     of_web = ref.table in ("pairs", "captions", "scores") and ref.name.startswith("web-")
     return (ref.round or 0) > round or (of_web and ref.name >= layout.web_shards(round + 1))
 
 
-def _active_policies(lake: Lake) -> str:
-    """SQL of (round, policy): whose decisions count in each round."""
-    policies: dict[int, str] = {}
-    for ref in list_parts(lake, "decisions"):
+def _active_parts(lake: Lake, parts: list[PartRef]) -> dict[int, PartRef]:
+    """Of parts of `decisions`, those that count, by round."""
+    active: dict[int, PartRef] = {}
+    named: dict[int, str] = {}
+    for ref in parts:
         assert ref.round is not None, f"{ref.path} has no round"
-        if ref.round not in policies:
-            policies[ref.round] = active_policy(lake, ref.round) or ref.name
-    if not policies:
-        return "SELECT CAST(NULL AS INTEGER) AS round, CAST(NULL AS VARCHAR) AS policy WHERE false"
-    rows = ", ".join(f"({round}, {_quoted(name)})" for round, name in policies.items())
-    return f"SELECT * FROM (VALUES {rows}) AS t(round, policy)"
+        if ref.round not in named:
+            says = active_generation(lake, ref.round)
+            named[ref.round] = says.generation if says else ref.name
+        if ref.name == named[ref.round]:
+            active[ref.round] = ref
+    return active
 
 
-def active_policy(lake: Lake, round: int) -> str | None:
-    """The policy whose decisions count in a round, None when none was made to count."""
-    try:
-        return str(json.loads(lake.root.read_bytes(layout.round_policy(round)))["policy"])
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as err:
-        raise LakeError(
-            f"{lake.uri}/{layout.round_policy(round)} is not readable ({err}); run the decide "
-            "stage again"
-        ) from err
-
-
-def _address(lake: Lake, rel: str) -> str:
-    """A path as DuckDB reads it; fsspec's protocol leads to the registered file system."""
-    if lake.root.is_local:
-        return lake.root.path(rel)
-    return str(lake.root.fs.unstrip_protocol(lake.root.path(rel)))
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _sql_type(kind: pa.DataType) -> str:
-    names = {
-        pa.string(): "VARCHAR",
-        pa.int64(): "BIGINT",
-        pa.int32(): "INTEGER",
-        pa.float64(): "DOUBLE",
-        pa.bool_(): "BOOLEAN",
-    }
-    return "TIMESTAMP WITH TIME ZONE" if pa.types.is_timestamp(kind) else names[kind]
+def _active_policies(lake: Lake, active: Mapping[int, PartRef]) -> str:
+    """SQL of (round, policy, generation): whose decisions count in each round."""
+    says = {round: active_generation(lake, round) for round in active}
+    rows = ", ".join(
+        f"({round}, {quoted(known.policy if (known := says[round]) else ref.name)}, {quoted(ref.name)})"
+        for round, ref in active.items()
+    )
+    rows = rows or "(0, '', '')"
+    return (
+        "SELECT CAST(round AS INTEGER) AS round, policy, generation "
+        f"FROM (VALUES {rows}) AS t(round, policy, generation) WHERE round > 0"
+    )
 
 
 def _explained_text(text: str) -> str:

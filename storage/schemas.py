@@ -99,6 +99,7 @@ DECISIONS = pa.schema(
         _column("params", _TEXT, "its parameters, as a JSON object", False),
         _column("kept", _BOOL, "whether it goes into the clean set", False),
         _column("reason", _TEXT, "why", False),
+        _column("generation", _TEXT, "policy and parameters that decided; names the part"),
     ]
 )
 
@@ -245,7 +246,11 @@ TABLES: dict[str, pa.Schema] = {
     "gate_rules": GATE_RULES,
 }
 
-ADDED_LATER = {"metrics": ("protocol",), "rounds": ("speed", "decided_by")}
+ADDED_LATER = {
+    "decisions": ("generation",),
+    "metrics": ("protocol",),
+    "rounds": ("speed", "decided_by"),
+}
 """Columns that parts of older lakes do not have; nullable."""
 
 

@@ -7,7 +7,7 @@ manifest first, so a reader never sees a manifest beside bytes that it does not 
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -97,10 +97,13 @@ def commit_batches(
     *,
     round: int | None = None,
     basis: Basis,
-    counts: Counts | None = None,
+    counts: Counts | Callable[[], Counts] | None = None,
     clock: Clock | None = None,
 ) -> PartRef:
-    """`commit_part` for a stream: batches of the table's schema, one row group in memory."""
+    """`commit_part` for a stream: batches of the table's schema, one row group in memory.
+
+    `counts` may be a function: it is asked when all rows are written.
+    """
     _writable(lake)
     clock = clock or Clock()
     path = layout.part(table, name, round)
@@ -112,6 +115,8 @@ def commit_batches(
             num_rows = _write_parquet(tmp, schema_of(table), batches)
             num_bytes, sha256 = tmp.stat().st_size, file_sha256(tmp)
     timings = {**clock.timings, "write": round_to_ms(time.perf_counter() - began)}
+    if callable(counts):
+        counts = counts()
     counts = counts or Counts(num_in=num_rows, num_ok=num_rows)
     manifest = Manifest(
         stage=str(basis["stage"]),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import duckdb
@@ -43,8 +44,8 @@ def gather_facts(
         LookupError: the round has no record.
     """
     record = _round(connection, round)
-    policy, threshold = _policy(connection, record, round)
-    about = {"round": round, "policy": policy}
+    policy, generation, threshold = _policy(connection, record, round)
+    about = {"round": round, "generation": generation}
     models = _models(connection, record)
     arms = _arms(connection, record, models)
     drawn = [m.model_id for m in models if m.round == round]
@@ -86,15 +87,21 @@ def _round(connection: duckdb.DuckDBPyConnection, round: int) -> RoundFacts:
 
 def _policy(
     connection: duckdb.DuckDBPyConnection, record: RoundFacts, round: int
-) -> tuple[str, float | None]:
-    """The policy that the round decided by and its threshold, where it has one."""
-    found = {
-        row["policy"]: row["params"] for row in ask(connection, queries.POLICY, {"round": round})
-    }
-    wanted = record.settings.get("decide", {}).get("policy", "blip")
-    policy = wanted if wanted in found or not found else next(iter(found))
-    threshold = json.loads(found.get(policy) or "{}").get("threshold")
-    return policy, threshold
+) -> tuple[str, str, float | None]:
+    """The policy that the round decided by, the generation, and its threshold, where it has one.
+
+    Others may lie beside it, made by hand; the round's settings tell which is its own.
+    """
+    found = ask(connection, queries.POLICY, {"round": round})
+    decide = record.settings.get("decide", {})
+    wanted = Path(decide.get("policy", "blip")).stem
+    params = {"threshold": decide.get("threshold"), **(decide.get("params") or {})}
+    own = {name: value for name, value in params.items() if value is not None}
+    found.sort(key=lambda row: (row["policy"] != wanted, json.loads(row["params"]) != own))
+    if not found:
+        return wanted, wanted, None
+    threshold = json.loads(found[0]["params"]).get("threshold")
+    return found[0]["policy"], found[0]["generation"], threshold
 
 
 def _funnel(

@@ -1,4 +1,4 @@
-"""The SQL of the report. Parameters are named: $round, $policy, and what a query's comment says."""
+"""The SQL of the report. Parameters are named: $round, $generation, and what a query's comment says."""
 
 TEXTS = """
     texts AS (
@@ -8,7 +8,8 @@ TEXTS = """
         FROM captions c
         LEFT JOIN scores s ON s.caption_id = c.caption_id AND s.round = $round
         LEFT JOIN decisions d
-            ON d.caption_id = c.caption_id AND d.round = $round AND d.policy = $policy
+            ON d.caption_id = c.caption_id AND d.round = $round
+            AND coalesce(d.generation, d.policy) = $generation
         WHERE c.status = 'ok' AND (
             (c.source = 'web' AND c.round = 0)
             OR (c.source = 'synthetic' AND c.round = $round))
@@ -19,8 +20,8 @@ TEXTS = """
 `liking` is what the scorer gives: itm_prob, or the cosine of one that has no matching head."""
 
 POLICY = """
-SELECT policy, any_value(params) AS params FROM decisions WHERE round = $round
-GROUP BY policy ORDER BY policy
+SELECT policy, coalesce(generation, policy) AS generation, any_value(params) AS params
+FROM decisions WHERE round = $round GROUP BY ALL ORDER BY ALL
 """
 
 PAIR_OUTCOMES = """

@@ -7,7 +7,8 @@ import logging
 from flows.errors import MissingInput
 from flows.session import Run
 from flows.steps.shards import web_parts
-from storage import PartRef, connect, decide, list_parts
+from storage import PartRef, decide, list_parts, part_manifest, rounds
+from storage.generations import active_generation
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +31,13 @@ def decide_round(run: Run) -> PartRef:
         run.lake,
         run.round,
         policy=settings.policy,
-        params={} if settings.threshold is None else {"threshold": settings.threshold},
+        params=settings.given_params,
+        activate=_counts_from_now_on(run),
+        of_round=True,
         on_stale=run.on_stale,
+        time_limit_s=settings.time_limit_s,
     )
-    with connect(run.lake) as connection:
-        kept = connection.execute(
-            "SELECT count(*) FILTER (WHERE kept) FROM decisions WHERE round = ?", [run.round]
-        ).fetchall()[0][0]
-    if not kept:
+    if not part_manifest(run.lake, part).num_ok:
         logger.warning(
             "round %d: policy %s kept none of %d texts; look at the filter (SELECT source, "
             "median(itm_prob) FROM verdicts GROUP BY source) before you trust this round",
@@ -47,3 +47,19 @@ def decide_round(run: Run) -> PartRef:
         )
     logger.info("round %d policy %s: %d decisions", run.round, settings.policy, part.num_rows)
     return part
+
+
+def _counts_from_now_on(run: Run) -> bool:
+    """Whether the round's own decisions take effect: not where another was chosen by hand after the round's end."""
+    record, active = rounds.read_round(run.lake, run.round), active_generation(run.lake, run.round)
+    by_hand = active is not None and active.generation != active.of_round
+    if by_hand and record is not None and record.status != "running":
+        assert active is not None
+        logger.info(
+            "round %d: %s still counts, which was chosen by hand; `bootstrap decide --activate` lets the round's "
+            "own count again",
+            run.round,
+            active.generation,
+        )
+        return False
+    return True

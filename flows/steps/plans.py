@@ -10,6 +10,7 @@ from flows.errors import MissingInput
 from flows.session import Run
 from flows.steps.plan import ALL_OBJECTIVES, TrainPlan
 from storage import ModelRef, layout, list_parts
+from storage.generations import active_generation
 
 HUMAN_SQL = "SELECT DISTINCT image_id, caption, source FROM human"
 FIRST_ROUND_SQL = f"""
@@ -18,9 +19,13 @@ FIRST_ROUND_SQL = f"""
 """
 
 
-def clean_sql(round: int) -> str:
-    """Kept web and synthetic texts of a round, and the human ones (paper, section 3.3)."""
-    return f"SELECT image_id, caption, source FROM verdicts WHERE kept AND round = {round} UNION ALL {HUMAN_SQL}"
+def clean_sql(round: int, generation: str | None = None) -> str:
+    """Kept web and synthetic texts of a round, and the human ones (paper, section 3.3).
+
+    Without a generation, those of the decisions that count.
+    """
+    verdicts = "verdicts" if generation is None else f"verdicts_of({round}, '{generation}')"
+    return f"SELECT image_id, caption, source FROM {verdicts} WHERE kept AND round = {round} UNION ALL {HUMAN_SQL}"
 
 
 def pretrain(run: Run) -> TrainPlan:
@@ -70,16 +75,20 @@ def filter_(run: Run) -> TrainPlan:
 def retrain(run: Run) -> TrainPlan:
     """A new model on the clean set; it takes over the starting model's vocabulary only.
 
+    The round's own decisions make its clean set, whatever was let count by hand since.
+
     Raises:
         MissingInput: the round has not decided yet.
     """
     if not list_parts(run.lake, "decisions", run.round):
         raise MissingInput(f"round {run.round} has no decisions; run `bootstrap decide` first")
+    active = active_generation(run.lake, run.round)
+    own = active.of_round if active and active.of_round != active.generation else None
     return TrainPlan(
         name="retrain",
         role="med",
         round=run.round,
-        sql=run.settings.retrain_or_pretrain.sql or clean_sql(run.round),
+        sql=run.settings.retrain_or_pretrain.sql or clean_sql(run.round, own),
         objectives=ALL_OBJECTIVES,
         parent=None,
         tokenizer_of=models.starting_model(run),

@@ -2,4 +2,4 @@
 CREATE OR REPLACE VIEW clean AS
 SELECT * EXCLUDE (kept)
 FROM verdicts
-WHERE kept AND round = (SELECT max(round) FROM decisions);
+WHERE kept AND round = (SELECT max(round) FROM active_decisions);

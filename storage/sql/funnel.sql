@@ -36,8 +36,7 @@ scored AS (
         d.round, 4 AS step, 'scored' AS stage,
         d.source || ', ' || coalesce(s.status, 'not scored') AS outcome,
         count(*) AS rows
-    FROM decisions d
-    JOIN active_policies a ON a.round = d.round AND a.policy = d.policy
+    FROM active_decisions d
     LEFT JOIN scores s ON s.caption_id = d.caption_id AND s.round = d.round
     GROUP BY ALL
 ),
@@ -46,11 +45,10 @@ decided AS (
         d.round, 5 AS step, 'decided' AS stage,
         d.source || CASE WHEN d.kept THEN ', kept' ELSE ', dropped: ' ||
             -- 'itm_prob 0.1234 < 0.5' becomes 'itm_prob < 0.5': one line for each kind of reason.
-            regexp_replace(d.reason, '^(\w+) -?[0-9.]+(e-?[0-9]+)? <', '\1 <')
+            regexp_replace(d.reason, '^(it[mc]_\w+) -?[0-9.]+(e-?[0-9]+)? ', '\1 ')
         END AS outcome,
         count(*) AS rows
-    FROM decisions d
-    JOIN active_policies a ON a.round = d.round AND a.policy = d.policy
+    FROM active_decisions d
     GROUP BY ALL
 )
 SELECT round, step, stage, outcome, rows FROM every_round, listed

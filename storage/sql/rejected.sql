@@ -2,4 +2,4 @@
 CREATE OR REPLACE VIEW rejected AS
 SELECT * EXCLUDE (kept)
 FROM verdicts
-WHERE NOT kept AND round = (SELECT max(round) FROM decisions);
+WHERE NOT kept AND round = (SELECT max(round) FROM active_decisions);

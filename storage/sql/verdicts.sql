@@ -1,9 +1,10 @@
--- Every decision of every round under that round's policy, with all that led to it.
+-- Every decision of every round under that round's active policy, with all that led to it.
 -- `clean`, `rejected` and `noise` are this view, narrowed.
 CREATE OR REPLACE VIEW verdicts AS
 SELECT
     d.round,
     d.policy,
+    d.generation,
     d.kept,
     d.reason,
     d.caption_id,
@@ -19,8 +20,7 @@ SELECT
     p.size,
     p.width,
     p.height
-FROM decisions d
-JOIN active_policies a ON a.round = d.round AND a.policy = d.policy
+FROM active_decisions d
 -- Web texts belong to round 0; a synthetic text may be proposed again in a later round.
 JOIN captions c
     ON  c.caption_id = d.caption_id

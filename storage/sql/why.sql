@@ -9,7 +9,7 @@ SELECT
     c.mean_logprob,
     coalesce(d.round, s.round, c.round) AS round,
     s.model_id AS filter_id, s.itm_prob, s.itc_sim, s.error AS scoring_error,
-    d.policy, d.kept, d.reason
+    d.policy, d.generation, d.kept, d.reason
 FROM pairs p
 LEFT JOIN captions c ON c.image_id = p.image_id AND p.status = 'ok'
 LEFT JOIN scores s

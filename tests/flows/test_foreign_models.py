@@ -243,7 +243,11 @@ def test_settings_that_name_no_foreign_model_keep_their_basis() -> None:
         ("caption.captioner", "hf:", "caption.captioner"),
         ("score.scorer", "hf:some/model", "score.scorer"),
         ("score.scorer", "clip:some/model", "policy blip decides by itm_prob"),
-        ("decide.policy", "nobodys", "policy 'nobodys' is unknown; there are blip, itc"),
+        (
+            "decide.policy",
+            "nobodys",
+            "policy 'nobodys' is unknown; there are all, best_of, blip, itc",
+        ),
     ],
 )
 def test_reference_of_the_wrong_kind_is_refused_with_the_field(

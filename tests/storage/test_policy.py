@@ -4,10 +4,12 @@ import pytest
 from rounds_of_rows import BASIS, caption, image, pair, write_world
 
 from storage import registry
-from storage.catalog import active_policy, query
+from storage.catalog import query
 from storage.errors import ConfigError, EmptyInput, QueryRefused, StaleOutput
+from storage.generations import active_generation
 from storage.lake import Lake
-from storage.policy import decide, needed_numbers
+from storage.policy import decide
+from storage.policy_file import parse_policy
 from storage.tables import (
     commit_part,
     drop_part,
@@ -35,10 +37,12 @@ def test_decide_gives_every_text_one_row_with_a_reason(lake: Lake) -> None:
 def test_decide_keeps_ids_and_bytes_when_made_again(local_lake: Lake) -> None:
     write_world(local_lake)
     first = part_manifest(local_lake, decide(local_lake, 1)).sha256
-    assert decide(local_lake, 1, params={"threshold": 0.95}, on_stale="rebuild").num_rows == 8
+    assert decide(local_lake, 1, params={"threshold": 0.95}).num_rows == 8
     assert query(local_lake, "FROM clean").num_rows == 0
-    ref = decide(local_lake, 1, on_stale="rebuild")
-    assert part_manifest(local_lake, ref).sha256 == first
+    ref = decide(local_lake, 1)
+    assert query(local_lake, "FROM clean").num_rows == 3
+    drop_part(local_lake, ref)
+    assert part_manifest(local_lake, decide(local_lake, 1)).sha256 == first
 
 
 def test_decide_of_a_round_leaves_out_what_a_later_one_took_in(lake: Lake) -> None:
@@ -57,11 +61,42 @@ def test_decide_of_a_round_leaves_out_what_a_later_one_took_in(lake: Lake) -> No
     assert image(5) in of_two
 
 
-def test_decide_names_the_threshold_when_it_changed(lake: Lake) -> None:
+def test_decide_under_another_threshold_is_another_generation_beside_the_first(lake: Lake) -> None:
+    write_world(lake)
+    first = decide(lake, 1)
+    other = decide(lake, 1, params={"threshold": 0.85}, activate=False)
+    assert first.name != other.name
+    assert {first.name, other.name} == {p.name for p in list_parts(lake, "decisions", 1)}
+    assert decide(lake, 1, params={"threshold": 0.85}, activate=False) == other
+    active = active_generation(lake, 1)
+    assert active is not None
+    assert (active.policy, active.generation, active.of_round) == ("blip", first.name, first.name)
+    counted = query(
+        lake, "SELECT generation, count(*) FILTER (kept) AS n FROM decisions GROUP BY 1"
+    )
+    assert {row["generation"]: row["n"] for row in counted.to_pylist()} == {
+        first.name: 4,
+        other.name: 1,
+    }
+    assert query(lake, "FROM clean").num_rows == 3
+    decide(lake, 1, params={"threshold": 0.85})
+    assert query(lake, "SELECT caption_id, generation FROM clean").to_pylist() == [
+        {"caption_id": "w0", "generation": other.name}
+    ]
+    now = active_generation(lake, 1)
+    assert now is not None
+    assert (now.generation, now.of_round) == (other.name, first.name)
+
+
+def test_decide_names_what_changed_when_scores_were_made_anew(lake: Lake) -> None:
     write_world(lake)
     decide(lake, 1)
-    with pytest.raises(StaleOutput, match=r"config\.params\.threshold: 0\.5 -> 0\.6"):
-        decide(lake, 1, params={"threshold": 0.6})
+    (part,) = list_parts(lake, "scores", 1)
+    rows = read_part(lake, part)
+    commit_part(lake, "scores", "p", rows, round=1, basis=BASIS | {"version": 2})
+    with pytest.raises(StaleOutput, match="inputs"):
+        decide(lake, 1)
+    assert decide(lake, 1, on_stale="rebuild").num_rows == 8
 
 
 def test_decide_takes_a_policy_of_the_user_and_makes_it_count(lake: Lake, tmp_path: Path) -> None:
@@ -72,7 +107,9 @@ def test_decide_takes_a_policy_of_the_user_and_makes_it_count(lake: Lake, tmp_pa
         "SELECT caption_id, source = 'web' AS kept, 'by source' AS reason FROM candidates;"
     )
     decide(lake, 1, str(mine), {}, activate=False)
-    assert active_policy(lake, 1) == "blip"
+    active = active_generation(lake, 1)
+    assert active is not None
+    assert active.policy == "blip"
     decide(lake, 1, str(mine), {})
     kept = query(lake, "SELECT DISTINCT source, policy FROM clean").to_pylist()
     assert kept == [{"source": "web", "policy": "web_only"}]
@@ -81,9 +118,9 @@ def test_decide_takes_a_policy_of_the_user_and_makes_it_count(lake: Lake, tmp_pa
 @pytest.mark.parametrize(
     ("sql", "error", "words"),
     [
-        ("SELECT caption_id, true AS kept, 'x' AS reason FROM candidates LIMIT 3", ConfigError, "5 texts are missing"),
-        ("SELECT caption_id, NULL AS kept, 'x' AS reason FROM candidates", ConfigError, "8 rows have no verdict"),
-        ("SELECT caption_id, true AS kept FROM candidates", ConfigError, "failed"),
+        ("SELECT caption_id, true AS kept, 'x' AS reason FROM candidates ORDER BY caption_id LIMIT 3", ConfigError, "texts are missing"),
+        ("SELECT caption_id, CAST(NULL AS BOOLEAN) AS kept, 'x' AS reason FROM candidates", ConfigError, "rows have no verdict"),
+        ("SELECT caption_id, true AS kept FROM candidates", ConfigError, "no column reason"),
         ("DROP VIEW pairs", QueryRefused, "DROP"),
     ],
     ids=["forgets texts", "no verdict", "no reason", "writes"],
@@ -100,7 +137,7 @@ def test_decide_refuses_a_policy_that_does_not_judge_every_text(
 
 def test_decide_names_an_unknown_policy_or_parameter(lake: Lake) -> None:
     write_world(lake)
-    with pytest.raises(ConfigError, match="'clip' is unknown; there are blip"):
+    with pytest.raises(ConfigError, match="'clip' is unknown; there are all, best_of, blip, itc, "):
         decide(lake, 1, "clip")
     with pytest.raises(ConfigError, match="no parameter 'treshold'"):
         decide(lake, 1, params={"threshold": 0.5, "treshold": 0.4})
@@ -143,7 +180,8 @@ def test_policy_that_says_what_may_be_null_decides_without_it(lake: Lake, tmp_pa
     _without_itm_prob(lake)
     sql = "SELECT caption_id, coalesce(itm_prob, itc_sim, 0) >= $threshold AS kept, 'r' AS reason "
     path = tmp_path / "either.sql"
-    path.write_text(f"-- may be null: itm_prob\n{sql} FROM candidates")
+    header = "-- may be null: itm_prob\n-- parameter threshold: number = 0.5, from 0 to 1: least number\n"
+    path.write_text(f"{header}{sql} FROM candidates")
     kept = read_part(lake, decide(lake, 1, policy=str(path))).column("kept").to_pylist()
     assert sum(kept) == 4
 
@@ -160,4 +198,4 @@ def test_policy_that_says_what_may_be_null_decides_without_it(lake: Lake, tmp_pa
     ],
 )
 def test_needed_numbers_are_those_that_the_sql_reads(sql: str, numbers: tuple[str, ...]) -> None:
-    assert needed_numbers(sql) == numbers
+    assert parse_policy("p", sql).needed_numbers({}) == numbers

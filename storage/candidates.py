@@ -1,0 +1,119 @@
+"""Candidates: every text that a round decides on, as SQL over the parts that hold them.
+
+Parts that are made from one shard share its name, so a few shards at a time are joined: what has to be in memory is
+as small as one likes, and rows come in an order that depends on nothing but the parts.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from storage import layout
+from storage.lake import Lake
+from storage.parts_sql import rows_of
+from storage.tables import PartRef, list_parts
+
+COLUMNS = (
+    "caption_id",
+    "image_id",
+    "source",
+    "caption",
+    "itm_prob",
+    "itc_sim",
+    "score_status",
+    "score_error",
+    "source_name",
+)
+"""What a policy may read of a text."""
+
+CHUNK_TEXTS = 400_000
+"""Texts that are decided on together: fixed, so that the same inputs give the same bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidates:
+    """The parts that hold the texts of one round with their numbers, by shard."""
+
+    lake: Lake
+    round: int
+    shards: dict[str, dict[str, PartRef]]
+    """By name of the shard: its parts, by pairs, web, synthetic, scores."""
+
+    @property
+    def inputs(self) -> list[str]:
+        """Fingerprints of what decisions are made from."""
+        read = ("web", "synthetic", "scores")
+        found = (parts[kind] for parts in self.shards.values() for kind in read if kind in parts)
+        return sorted(part.fingerprint for part in found)
+
+    def chunks(self) -> Iterator[list[str]]:
+        """Shards in order, as many at a time as hold CHUNK_TEXTS."""
+        names: list[str] = []
+        texts = 0
+        for name in sorted(self.shards):
+            parts = self.shards[name]
+            names.append(name)
+            texts += sum(parts[kind].num_rows for kind in ("web", "synthetic") if kind in parts)
+            if texts >= CHUNK_TEXTS:
+                yield names
+                names, texts = [], 0
+        if names:
+            yield names
+
+    def sql(self, columns: Collection[str], shards: Collection[str] | None = None) -> str:
+        """The texts of some shards, or of all, with the columns that are asked for.
+
+        `source_name` costs a join with pairs, so only who names it has it. A caption_id is unique.
+        """
+        lake, round = self.lake, self.round
+        parts: dict[str, list[PartRef]] = {"pairs": [], "web": [], "synthetic": [], "scores": []}
+        for name in sorted(self.shards) if shards is None else shards:
+            for kind, part in self.shards[name].items():
+                parts[kind].append(part)
+        of_scores = {"itm_prob": "itm_prob", "itc_sim": "itc_sim", "score_status": "status"}
+        of_scores |= {"score_error": "error"}
+        picked, joins = [], []
+        for column in (name for name in COLUMNS if name in columns):
+            table = "s" if column in of_scores else "p" if column == "source_name" else "c"
+            picked.append(f"{table}.{of_scores.get(column, column)} AS {column}")
+        texts = " UNION ALL ".join(
+            f"SELECT caption_id, image_id, source, caption "
+            f"FROM ({rows_of(lake, 'captions', parts[source])}) "
+            f"WHERE source = '{source}' AND status = 'ok'"
+            for source in ("web", "synthetic")
+        )
+        if set(of_scores) & set(columns):
+            scores = rows_of(lake, "scores", parts["scores"])
+            joins.append(
+                f"LEFT JOIN ({scores}) s ON s.caption_id = c.caption_id AND s.round = {round}"
+            )
+        if "source_name" in columns:
+            pairs = rows_of(lake, "pairs", parts["pairs"])
+            joins.append(
+                "LEFT JOIN (SELECT image_id, arg_min(source_name, key) AS source_name "
+                f"FROM ({pairs}) WHERE pool = 'web' AND status = 'ok' GROUP BY image_id) p "
+                "ON p.image_id = c.image_id"
+            )
+        return f"SELECT {', '.join(picked)} FROM ({texts}) c {' '.join(joins)}"
+
+
+def candidates_of(lake: Lake, round: int) -> Candidates:
+    """The parts of a round's texts: what this round and those before it took in, and its synthetic ones.
+
+    Shards are named by the round that took them in; a round decides on what it had.
+    """
+    shards: dict[str, dict[str, PartRef]] = {}
+    later = layout.web_shards(round + 1)
+    shards = {
+        ref.name: {"pairs": ref}
+        for ref in list_parts(lake, "pairs", check=True)
+        if ref.name < later
+    }
+    for kind, table, of in (
+        ("web", "captions", 0),
+        ("synthetic", "captions", round),
+        ("scores", "scores", round),
+    ):
+        for ref in list_parts(lake, table, of, check=True):
+            if ref.name in shards:
+                shards[ref.name][kind] = ref
+    return Candidates(lake=lake, round=round, shards=shards)
