@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flows import decide_command, round_commands
+from flows import compare_command, decide_command, round_commands
 from flows.environment import prepare
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     sql.add_argument("--lake", help="lake to read; else BOOTSTRAP_LAKE, else the last used here")
     sql.add_argument("--format", choices=("table", "csv", "json"), default="table")
     round_commands.register(commands, _command)
+    compare_command.register(commands, _command, _settings_options)
     repair = _command(
         commands, "repair", "check every committed file, drop what is damaged", _repair
     )
@@ -173,7 +174,7 @@ def _cycle(settings: BootstrapSettings) -> int:
     from flows.bootstrap import bootstrap
     from flows.terminal import console
 
-    with _bars():
+    with bars():
         result = bootstrap(settings)
     console.print(f"round {result.round}: {result.status}. {result.why}", highlight=False)
     console.print(f"lake:   {result.lake}", highlight=False)
@@ -185,7 +186,7 @@ def _quickstart(options: argparse.Namespace) -> int:
     from flows.quickstart.tour import show
 
     settings = settings_from(options)
-    with _bars():
+    with bars():
         result = bootstrap(settings)
     show(settings, result)
     return 0
@@ -199,7 +200,7 @@ def _stage(options: argparse.Namespace) -> int:
 
     settings = settings_from(options)
     stage = getattr(stages, options.name.replace("-", "_"))
-    with _bars():
+    with bars():
         result = stage(settings)
     console.print(str(result), highlight=False)
     return 0
@@ -238,7 +239,8 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
-def _bars() -> Any:
+def bars() -> Any:
+    """Progress of the stages on the terminal, for the length of a `with`."""
     from flows.progress import add_sink
     from flows.terminal import StageBars
 

@@ -157,11 +157,10 @@ def judge_round(
     )
 
 
-def caption_truth(captions: Iterable[tuple[str, str]], world: World) -> Rate:
-    """Share of (image_id, caption) that are true of their picture. KeyError for unknown images."""
+def captions_true(captions: Iterable[tuple[str, str]], world: World) -> list[bool]:
+    """Which (image_id, caption) are true of their picture, in order. KeyError for unknown images."""
     scenes = world.scenes()
-    verdicts = [caption_is_true(caption, scenes[image_id]) for image_id, caption in captions]
-    return Rate(hits=sum(verdicts), n=len(verdicts))
+    return [caption_is_true(caption, scenes[image_id]) for image_id, caption in captions]
 
 
 def compare_arms(
