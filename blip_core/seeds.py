@@ -116,7 +116,7 @@ def _estimate(arm: Arm, seeds_variance: float, freedom: float) -> Estimate:
     half = 0.0
     if total:
         effective = math.inf if not of_seeds else freedom * (total / of_seeds) ** 2
-        half = stdtrit(effective, 0.975) * math.sqrt(total)
+        half = float(stdtrit(effective, 0.975)) * math.sqrt(total)
     return Estimate(
         value=value, low=value - half, high=value + half, num_seeds=len(arm), covers_seeds=True
     )

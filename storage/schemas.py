@@ -180,6 +180,7 @@ ARMS = pa.schema(
         _column("round", pa.int32(), "round whose texts were decided on", False),
         _column("policy", _TEXT, "the SQL file that decided", False),
         _column("params", _TEXT, "its parameters, as a JSON object", False),
+        _column("label", _TEXT, "policy, and its parameters that are not the default", False),
         _column("generation", _TEXT, "the decisions that its training set is made of", False),
         _column("seed", _INT, "seed that its model was trained with", False),
         _column("steps", _INT, "optimizer steps that its model was trained for", False),

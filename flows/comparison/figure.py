@@ -74,7 +74,8 @@ def panel(comparison: Comparison, metric: str) -> str:
         for _, figure in rows
         for value in (figure.mean.low, figure.mean.high, *(v for _, v in figure.by_seed))
     ]
-    ticks = nice_ticks(min(ends), max(ends), 4)
+    # A hair's breadth is not blown up to the width of the panel.
+    ticks = nice_ticks(min(ends), max(max(ends), min(ends) + 1), 4)
     span = ticks[-1] - ticks[0]
 
     def x(value: float) -> float:
@@ -151,7 +152,7 @@ def _subtitle(comparison: Comparison) -> str:
     seeds = max(len(row.seeds) for row in comparison.policies)
     return (
         f"{comparison.steps} steps, {seeds} seed{'s' if seeds > 1 else ''}; dot: mean, small dots: seeds, bar: 95 % "
-        f"interval; green: clearly better than {comparison.baseline or 'the baseline'}, red: clearly worse"
+        f"interval; figures x 100; green: clearly better than {comparison.baseline or 'the baseline'}, red: clearly worse"
     )
 
 

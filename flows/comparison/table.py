@@ -33,7 +33,7 @@ UNBOUNDED = ("cider",)
 """Metrics that may be above 1; all others are shares or like shares."""
 
 _ARMS = """
-SELECT round, policy, params, generation, seed, steps, model_id, num_web, num_synthetic, num_human,
+SELECT round, policy, params, label, generation, seed, steps, model_id, num_web, num_synthetic, num_human,
     dropped_web, dropped_synthetic, settings
 FROM arms
 WHERE ($round IS NULL OR round = $round) AND ($steps IS NULL OR steps = $steps)
@@ -71,6 +71,8 @@ class ComparedPolicy:
     policy: str
     params: str
     """As a JSON object."""
+    label: str
+    """Policy, and its parameters that are not the default, as the command takes them."""
     generation: str
     has_captioner: bool
     """Whether synthetic texts are kept."""
@@ -81,12 +83,6 @@ class ComparedPolicy:
     num_synthetic: int
     num_human: int
     figures: tuple[ComparedFigure, ...]
-
-    @property
-    def label(self) -> str:
-        """Name and parameters, as the command takes them."""
-        params = json.loads(self.params)
-        return ":".join([self.policy, *(f"{name}={value}" for name, value in params.items())])
 
     @property
     def num_texts(self) -> int:
@@ -240,6 +236,7 @@ def _policy(rows: list[dict[str, Any]], figures: list[ComparedFigure]) -> Compar
     return ComparedPolicy(
         policy=first["policy"],
         params=first["params"],
+        label=first["label"],
         generation=first["generation"],
         has_captioner=_has_captioner(first),
         has_filter=_has_filter(first),

@@ -17,7 +17,7 @@ from flows.errors import SettingsError
 from flows.session import Run
 from flows.settings import BootstrapSettings, model_basis, train_basis
 from flows.steps.batches import rows_table
-from flows.steps.measure_arm import is_measured, measure_arm, measuring_basis
+from flows.steps.measure_arm import drop_measured, is_measured, measure_arm, measuring_basis
 from flows.steps.plan import ALL_OBJECTIVES, TrainPlan
 from flows.steps.policy_texts import PolicyTexts, policy_texts
 from flows.steps.train import train_model
@@ -150,6 +150,7 @@ def _row(run: Run, arm: Arm, ref: ModelRef) -> dict[str, Any]:
         "round": run.round,
         "policy": texts.policy,
         "params": texts.params,
+        "label": texts.label,
         "generation": texts.generation,
         "seed": arm.seed,
         "steps": arm.steps,
@@ -184,6 +185,15 @@ def _twin(run: Run, arm: Arm) -> ModelRef | None:
     return None
 
 
+def _forget(run: Run, part: PartRef) -> None:
+    """Drop an arm with its figures and its model; the row goes first, so that no reader sees half of it."""
+    ref = _model_of(run, part)
+    assert ref is not None, f"{part.path} names no model"
+    drop_part(run.lake, part)
+    drop_measured(run, ref)
+    registry.forget_arm(run.lake, ref)
+
+
 def _refuse_other_settings(run: Run, steps: int, shared: str) -> None:
     """Arms that are shown side by side were trained and measured alike; with `on_stale: rebuild`, others go.
 
@@ -195,7 +205,7 @@ def _refuse_other_settings(run: Run, steps: int, shared: str) -> None:
         if row["steps"] != steps or row["settings"] == shared:
             continue
         if run.on_stale == "rebuild":
-            drop_part(run.lake, part)
+            _forget(run, part)
             continue
         differs = explain(json.loads(row["settings"]), json.loads(shared))
         raise SettingsError(

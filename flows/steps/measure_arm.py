@@ -23,6 +23,8 @@ from storage import (
     basis_of,
     commit_part,
     committed_part,
+    drop_part,
+    list_parts,
 )
 from storage.fingerprint import Basis
 
@@ -85,6 +87,14 @@ def is_measured(run: Run, ref: ModelRef) -> bool:
     basis = _basis(run, ref, held_out(run))
     tables = ("metrics", "arm_resamples")
     return all(_committed(run, table, ref, basis) is not None for table in tables)
+
+
+def drop_measured(run: Run, ref: ModelRef) -> None:
+    """Drop the figures of an arm's model."""
+    for table in ("metrics", "arm_resamples"):
+        for part in list_parts(run.lake, table, run.round):
+            if part.name == _part_name(ref):
+                drop_part(run.lake, part)
 
 
 def measuring_basis(run: Run) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class PolicyTexts:
     policy: str
     params: str
     """As a JSON object."""
+    label: str
+    """Policy, and its parameters that are not the default, as the command takes them."""
     generation: str
     sql: str
     """Rows of the training set: kept web and synthetic texts, and the human pairs."""
@@ -127,10 +129,13 @@ def _texts(run: Run, text: str, policy: Policy, params: Mapping[str, Any]) -> Po
             ).fetchall()
         )
     trained_on = build_trainset(run.lake, sql, name=f"arm-{part.name}").fingerprint
+    values, defaults = policy.params(params), policy.params({})
+    changed = [(name, value) for name, value in values.items() if value != defaults[name]]
     dropped = {source: texts - kept if kept else None for source, (texts, kept) in decided.items()}
     return PolicyTexts(
         policy=policy.name,
-        params=canonical(policy.params(params)),
+        params=canonical(values),
+        label=":".join([policy.name, *(f"{name}={value}" for name, value in changed)]),
         generation=part.name,
         sql=sql,
         trained_on=trained_on,
