@@ -80,7 +80,10 @@ def _decide(
                 "caption was made; run the ingest and caption stages, and look at the funnel"
             )
         _check_numbers(con, candidates, policy, params)
-        running = PolicyRun(con, candidates, parsed, params, time_limit_s=time_limit_s)
+    running = PolicyRun(
+        candidates, parsed, params, memory_limit=memory_limit, time_limit_s=time_limit_s
+    )
+    with catalog.disk_watched(lake, layout.WORK):
         return commit_batches(
             lake,
             "decisions",

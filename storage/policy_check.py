@@ -77,7 +77,8 @@ def check_policy(policy: Policy, params: Mapping[str, Value]) -> ParsedPolicy:
         for statement in _TABLES:
             con.execute(statement)
         _check_names(con, parsed)
-        with time_limited(con, policy, TIME_LIMIT_S):
+        with time_limited(policy, TIME_LIMIT_S) as clock:
+            clock.watch(con)
             whole = _verdicts(con, parsed, params, "ORDER BY caption_id", threads=1)
             again = _verdicts(con, parsed, params, "ORDER BY hash(caption_id)", threads=4)
             if whole != again:

@@ -3,15 +3,19 @@
 The next texts are decided on while the last are written.
 """
 
+import os
+import re
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from queue import SimpleQueue
 
 import duckdb
 import pyarrow as pa
 
+from storage import catalog
 from storage.candidates import COLUMNS, Candidates
 from storage.errors import ConfigError
 from storage.fingerprint import canonical
@@ -25,9 +29,11 @@ SELECT
     caption_id, image_id, source, CAST($round AS INTEGER) AS round, $policy AS policy, $params AS params,
     kept, reason, $generation AS generation
 FROM {verdicts}
-ORDER BY image_id, caption_id
+{order}
 """
 _JOINED = "(SELECT c.image_id, c.source, v.caption_id, v.kept, v.reason FROM candidates c JOIN verdict v USING (caption_id))"
+_WHOLE_ORDER = "ORDER BY image_id, caption_id"
+MAX_WORKERS = 8
 
 
 class PolicyRun:
@@ -35,14 +41,13 @@ class PolicyRun:
 
     def __init__(
         self,
-        con: duckdb.DuckDBPyConnection,
         candidates: Candidates,
         parsed: ParsedPolicy,
         params: Mapping[str, Value],
         *,
+        memory_limit: str,
         time_limit_s: float,
     ) -> None:
-        self.con = con
         self.candidates = candidates
         self.policy: Policy = parsed.policy
         self.parsed = parsed
@@ -50,76 +55,102 @@ class PolicyRun:
         self.columns = columns_of(parsed)
         self.counts: Counter[str] = Counter()
         """texts, kept and dropped so far."""
+        self._memory_limit = memory_limit
         self._time_limit_s = time_limit_s
+        self._given = {
+            "round": candidates.round,
+            "policy": self.policy.name,
+            "params": canonical(self.params),
+            "generation": self.policy.generation(self.params),
+        }
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """Rows of `decisions`, in order; ConfigError when the policy fails, forgets a text or takes too long."""
-        by_image = self.policy.header.by_image
-        with time_limited(self.con, self.policy, self._time_limit_s):
-            if self.policy.header.has_cuts:
-                self._make_cuts()
-                sql = self.parsed.without_cuts_sql(self.con)
-            else:
-                sql = bare(self.policy.sql)
-            chunks = list(self.candidates.chunks()) if by_image else [None]
-            with ThreadPoolExecutor(1) as ahead:
-                coming = None
-                for number in range(len(chunks) + 1):
-                    ready = coming
-                    more = number < len(chunks)
-                    coming = ahead.submit(self._decide, sql, chunks[number]) if more else None
-                    # The connection is one thread's at a time: what is ready is taken out of it there.
-                    if ready is not None:
-                        yield from ready.result().to_batches()
+        """Rows of `decisions`, in an order that depends on nothing but the parts.
 
-    def _make_cuts(self) -> None:
-        """What the clause `cuts` finds in all texts, as a table."""
-        self.con.execute(
+        ConfigError when the policy fails, forgets a text or takes too long.
+        """
+        with ExitStack() as stack:
+            clock = stack.enter_context(time_limited(self.policy, self._time_limit_s))
+            whole = stack.enter_context(catalog.connect(self.candidates.lake, self._memory_limit))
+            clock.watch(whole)
+            if not self.policy.header.by_image:
+                # All threads at once: only sorting puts the rows in an order.
+                yield from self._decide(
+                    whole, bare(self.policy.sql), None, _WHOLE_ORDER
+                ).to_batches()
+                return
+            sql, cuts = bare(self.policy.sql), None
+            if self.policy.header.has_cuts:
+                sql, cuts = self.parsed.without_cuts_sql(whole), self._cuts(whole)
+            whole.close()
+            yield from self._by_chunks(sql, cuts, clock, stack)
+
+    def _by_chunks(
+        self, sql: str, cuts: pa.Table | None, clock: "Clock", stack: ExitStack
+    ) -> Iterator[pa.RecordBatch]:
+        """Chunk after chunk; each worker has a database of one thread, so that what it gives has an order."""
+        num_workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+        limit = f"{memory_bytes(self._memory_limit) // num_workers}B"
+        free: SimpleQueue[duckdb.DuckDBPyConnection] = SimpleQueue()
+        for _ in range(num_workers):
+            con = stack.enter_context(catalog.connect(self.candidates.lake, limit, threads=1))
+            clock.watch(con)
+            if cuts is not None:
+                con.register(MADE_CUTS, cuts)
+            free.put(con)
+
+        def work(shards: list[str]) -> pa.Table:
+            con = free.get()
+            try:
+                return self._decide(con, sql, shards, "")
+            finally:
+                free.put(con)
+
+        pool = stack.enter_context(ThreadPoolExecutor(num_workers))
+        coming: deque[Future[pa.Table]] = deque()
+        try:
+            for shards in self.candidates.chunks():
+                coming.append(pool.submit(work, shards))
+                if len(coming) > num_workers:
+                    yield from coming.popleft().result().to_batches()
+            while coming:
+                yield from coming.popleft().result().to_batches()
+        finally:
+            for future in coming:
+                future.cancel()
+
+    def _cuts(self, con: duckdb.DuckDBPyConnection) -> pa.Table:
+        """What the clause `cuts` finds in all texts."""
+        con.execute(
             f"CREATE OR REPLACE TEMP VIEW candidates AS {self.candidates.sql(self.columns)}"
         )
-        sql = self.parsed.cuts_sql(self.con)
+        sql = self.parsed.cuts_sql(con)
         try:
-            self.con.execute(f"CREATE OR REPLACE TEMP TABLE {MADE_CUTS} AS {sql}", self._used(sql))
+            return con.sql(sql, params=_used(con, sql, self.params)).to_arrow_table()
         except duckdb.InterruptException:
             raise
         except duckdb.Error as err:
             raise failed(self.policy, err, 0) from err
-        self.con.execute("DROP VIEW candidates")
 
-    def _decide(self, sql: str, shards: list[str] | None) -> pa.Table:
-        con = self.con
-        con.execute(
-            f"CREATE OR REPLACE TEMP TABLE candidates AS {self.candidates.sql(self.columns, shards)}"
-        )
+    def _decide(
+        self, con: duckdb.DuckDBPyConnection, sql: str, shards: list[str] | None, order: str
+    ) -> pa.Table:
+        texts = self.candidates.sql(self.columns, shards)
+        con.execute(f"CREATE OR REPLACE TEMP TABLE candidates AS {texts}")
         try:
             con.execute(
-                f"CREATE OR REPLACE TEMP TABLE verdict AS FROM (\n{sql}\n)", self._used(sql)
+                f"CREATE OR REPLACE TEMP TABLE verdict AS FROM (\n{sql}\n)",
+                _used(con, sql, self.params),
             )
         except duckdb.InterruptException:
             raise
         except duckdb.Error as err:
             raise failed(self.policy, err, 1) from err
-        self._count(*check_complete(con, self.policy))
+        num_texts, kept = check_complete(con, self.policy)
+        self.counts.update(texts=num_texts, kept=kept, dropped=num_texts - kept)
         verdicts = "verdict" if _gives_ids(con) else _JOINED
-        given = {
-            "round": self.candidates.round,
-            "policy": self.policy.name,
-            "params": canonical(self.params),
-            "generation": self.policy.generation(self.params),
-        }
-        return (
-            con.sql(DECIDED.format(verdicts=verdicts), params=given)
-            .to_arrow_table()
-            .cast(DECISIONS)
-        )
-
-    def _count(self, texts: int, kept: int) -> None:
-        self.counts.update(texts=texts, kept=kept, dropped=texts - kept)
-
-    def _used(self, sql: str) -> dict[str, Value] | None:
-        """The parameters that a statement names; DuckDB refuses others."""
-        named = self.con.extract_statements(sql)[0].named_parameters
-        return {name: self.params[name] for name in named} or None
+        sql = DECIDED.format(verdicts=verdicts, order=order)
+        return con.sql(sql, params=self._given).to_arrow_table().cast(DECISIONS)
 
 
 def columns_of(parsed: ParsedPolicy) -> set[str]:
@@ -156,22 +187,37 @@ def check_complete(con: duckdb.DuckDBPyConnection, policy: Policy) -> tuple[int,
     return int(texts), int(kept)
 
 
+class Clock:
+    """Interrupts the connections that it watches when the time is up."""
+
+    def __init__(self) -> None:
+        self.too_long = threading.Event()
+        self._watched: list[duckdb.DuckDBPyConnection] = []
+
+    def watch(self, con: duckdb.DuckDBPyConnection) -> None:
+        """Interrupt this one too."""
+        self._watched.append(con)
+        if self.too_long.is_set():
+            con.interrupt()
+
+    def stop(self) -> None:
+        """The time is up."""
+        self.too_long.set()
+        for con in self._watched:
+            con.interrupt()
+
+
 @contextmanager
-def time_limited(con: duckdb.DuckDBPyConnection, policy: Policy, seconds: float) -> Iterator[None]:
-    """Interrupt what runs on a connection after some seconds; ConfigError names the policy and the limit."""
-    too_long = threading.Event()
-
-    def stop() -> None:
-        too_long.set()
-        con.interrupt()
-
-    timer = threading.Timer(seconds, stop)
+def time_limited(policy: Policy, seconds: float) -> Iterator[Clock]:
+    """A clock whose connections are interrupted after some seconds; ConfigError names the policy and the limit."""
+    clock = Clock()
+    timer = threading.Timer(seconds, clock.stop)
     timer.daemon = True
     timer.start()
     try:
-        yield
-    except duckdb.InterruptException as err:
-        if not too_long.is_set():
+        yield clock
+    except duckdb.Error as err:
+        if not clock.too_long.is_set():
             raise
         raise ConfigError(
             f"policy {policy.name} took longer than {seconds:g} s and was stopped: look for a join without a "
@@ -179,6 +225,23 @@ def time_limited(con: duckdb.DuckDBPyConnection, policy: Policy, seconds: float)
         ) from err
     finally:
         timer.cancel()
+
+
+def memory_bytes(limit: str) -> int:
+    """Bytes of a memory limit as DuckDB writes it, such as 2GB or 512 MiB. Raises ConfigError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", limit, re.IGNORECASE)
+    if found is None:
+        raise ConfigError(f"memory limit {limit!r} is none; give one such as 2GB or 512MiB")
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
+
+
+def _used(
+    con: duckdb.DuckDBPyConnection, sql: str, params: Mapping[str, Value]
+) -> dict[str, Value] | None:
+    """The parameters that a statement names; DuckDB refuses others."""
+    named = con.extract_statements(sql)[0].named_parameters
+    return {name: params[name] for name in named} or None
 
 
 def _gives_ids(con: duckdb.DuckDBPyConnection) -> bool:

@@ -29,6 +29,13 @@ logger = logging.getLogger(__name__)
 ROW_GROUP_ROWS = 65_536
 """Rows of a row group: fixed, so that the same rows give the same bytes."""
 
+_IDS_DIFFER = {
+    "compression_level": 1,
+    "use_dictionary": ["source", "round", "policy", "params", "kept", "reason", "generation"],
+}
+_WRITERS: dict[str, dict[str, Any]] = {"decisions": _IDS_DIFFER}
+"""Ids of 32 random hex digits: no dictionary holds them, and the least effort makes them as small as more does."""
+
 OnStale = Literal["error", "rebuild"]
 
 
@@ -112,7 +119,7 @@ def commit_batches(
     lake.root.remove(manifest_path)
     with lake.root.staged(path) as tmp:
         with explained(lake.root, path):
-            num_rows = _write_parquet(tmp, schema_of(table), batches)
+            num_rows = _write_parquet(tmp, schema_of(table), batches, **_WRITERS.get(table, {}))
             num_bytes, sha256 = tmp.stat().st_size, file_sha256(tmp)
     timings = {**clock.timings, "write": round_to_ms(time.perf_counter() - began)}
     if callable(counts):
@@ -253,10 +260,13 @@ def round_to_ms(seconds: float) -> float:
     return float(f"{seconds:.3f}")
 
 
-def _write_parquet(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
+def _write_parquet(
+    path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], **options: Any
+) -> int:
     """Row groups of ROW_GROUP_ROWS, whatever the batches' sizes; the number of rows."""
     num_rows, held, pending = 0, 0, []
-    with pq.ParquetWriter(path, schema, compression="zstd", compression_level=3) as writer:
+    options = {"compression": "zstd", "compression_level": 3} | options
+    with pq.ParquetWriter(path, schema, **options) as writer:
         for batch in batches:
             pending.append(batch)
             held += batch.num_rows

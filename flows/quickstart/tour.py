@@ -10,6 +10,7 @@ from flows.quickstart.world import load_world
 from flows.settings import BootstrapSettings
 from flows.terminal import console, table
 from storage import Lake, connect, layout, registry
+from storage.generations import active_generation
 
 QUERIES = {
     "what was dropped, and why": "SELECT source_name, source, caption, reason FROM rejected LIMIT 10",
@@ -34,7 +35,9 @@ def show(settings: BootstrapSettings, result: RoundOutcome) -> None:
             raw = registry.find(lake, "med", 0)
             clean = registry.find(lake, "med", result.round)
             arms = compare_arms(connection, raw.model_id, clean.model_id) if raw and clean else ()
-            verdict = judge_round(connection, world, result.round, settings.decide.policy)
+            active = active_generation(lake, result.round)
+            decided = active.of_round if active else settings.decide.policy
+            verdict = judge_round(connection, world, result.round, decided)
             console.print()
             console.print(render_verdict(verdict, arms))
     console.print(f"Round {result.round}: {result.status}. {result.why}", highlight=False)

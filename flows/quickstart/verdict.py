@@ -41,7 +41,7 @@ JOIN captions c ON c.caption_id = d.caption_id AND c.status = 'ok'
     AND c.round = CASE WHEN d.source = 'web' THEN 0 ELSE d.round END
 JOIN (SELECT image_id, min(url) AS url, min(source_name) AS source_name FROM pairs
       WHERE pool = 'web' AND status = 'ok' GROUP BY image_id) p ON p.image_id = c.image_id
-WHERE d.round = ? AND d.policy = ?
+WHERE d.round = ? AND coalesce(d.generation, d.policy) = ?
 ORDER BY d.caption_id
 """
 
@@ -128,9 +128,9 @@ class _Judged:
 
 
 def judge_round(
-    connection: duckdb.DuckDBPyConnection, world: World, round: int, policy: str = "blip"
+    connection: duckdb.DuckDBPyConnection, world: World, round: int, generation: str = "blip"
 ) -> Verdict:
-    """Compare every decision of a round with the truth. Reads views decisions, captions, pairs."""
+    """Compare every decision of a generation with the truth. Reads views decisions, captions, pairs."""
     scenes = world.scenes()
     # A duplicate row repeats its original, so either may name the kind.
     noise_kinds = {row["url"]: row["noise_kind"] for row in world.truth().to_pylist()}
@@ -143,7 +143,7 @@ def judge_round(
             kept=kept,
         )
         for source, kept, image_id, caption, url, source_name in connection.execute(
-            _DECIDED, [round, policy]
+            _DECIDED, [round, generation]
         ).fetchall()
     ]
     web = [text for text in judged if text.source == "web"]

@@ -17,6 +17,7 @@ from flows import models
 from flows.session import Run
 from flows.steps.batches import rows_table
 from storage import Clock, PartRef, basis_of, commit_part, committed_part, connect, list_parts
+from storage.generations import active_generation
 
 STAGE_VERSION = 1
 PART = "audit"
@@ -51,10 +52,12 @@ class CanaryScores:
 
 def audit_round(run: Run) -> PartRef:
     """Measure the round's filter by its canaries and its judge, or find it measured; one part of `metrics`."""
+    active = active_generation(run.lake, run.round)
     parts = [
         ref.fingerprint
         for table in ("canaries", "judgements", "scores", "decisions")
         for ref in list_parts(run.lake, table, run.round)
+        if table != "decisions" or active is None or ref.name == active.generation
     ]
     config: dict[str, Any] = {"precision": run.settings.audit.precision}
     with connect(run.lake, as_of=run.round) as con:
@@ -90,8 +93,7 @@ def audit_round(run: Run) -> PartRef:
 def active_policy(con: Any, round: int) -> tuple[str, str]:
     """The policy and the parameters of a round's active decisions."""
     row = con.execute(
-        "SELECT any_value(d.policy), any_value(d.params) FROM decisions d "
-        "JOIN active_policies a USING (round, policy) WHERE d.round = ?",
+        "SELECT any_value(policy), any_value(params) FROM active_decisions WHERE round = ?",
         [round],
     ).fetchone()
     return (str(row[0]), str(row[1])) if row and row[0] else ("", "{}")
