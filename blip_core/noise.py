@@ -23,8 +23,8 @@ NUM_RANGES = 10
 MOST_TEXTS = 5000
 """Texts that the chains weigh: of more, so many stand for all, which costs +-0.01 at most and keeps the chains short."""
 _CHAINS, _SWEEPS, _WARM, _THIN = 48, 1200, 400, 10
-_PRIOR_TRUE, _PRIOR_WRONG = 1.0, 0.5
-"""Of the weights; a kind of mismatch may be absent."""
+_PRIOR_TRUE, _PRIOR_WRONG = 1.0, 0.05
+"""Of the weights: any kind of mismatch may well be absent."""
 _PRIOR_RANGES = 1.0
 """Labelled pairs that are imagined in each kind, spread over all ranges: no count of zero is taken for impossible."""
 
@@ -102,7 +102,9 @@ class NoiseModel:
     def estimate(self, texts: np.ndarray, kept: np.ndarray) -> Noise:
         """Counts of a group's texts and of those kept, (B,) each -> its noise."""
         noise = self.noise_of_ranges(texts)
-        return Noise(before=_share(noise, texts), left=_share(noise, kept) if kept.sum() else None)
+        return Noise(
+            before=share_of(noise, texts), left=share_of(noise, kept) if kept.sum() else None
+        )
 
     def over(self, groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> Noise:
         """The noise of several groups (texts, kept) together; each has a mixture of its own."""
@@ -110,7 +112,7 @@ class NoiseModel:
         together = np.concatenate(noises, axis=1)
         texts, kept = (np.concatenate([group[i] for group in groups]) for i in (0, 1))
         return Noise(
-            before=_share(together, texts), left=_share(together, kept) if kept.sum() else None
+            before=share_of(together, texts), left=share_of(together, kept) if kept.sum() else None
         )
 
 
@@ -121,7 +123,7 @@ def _dirichlet(rng: np.random.Generator, alpha: np.ndarray) -> np.ndarray:
     return drawn
 
 
-def _share(noise: np.ndarray, counts: np.ndarray) -> Share:
+def share_of(noise: np.ndarray, counts: np.ndarray) -> Share:
     """The noise (R, B) among texts that lie in the ranges so often (B,): median and shortest 95 % interval.
 
     The shortest one, because a share near 0 has its likeliest value at the end: then the interval begins at 0, as one

@@ -5,6 +5,7 @@ committed), `intake` (how pairs come in) and `catalog` (how they are read with S
 """
 
 from storage import by_hand, layout, registry, rounds
+from storage.carry import carried_model, carried_part
 from storage.catalog import connect, query, write_catalog
 from storage.errors import (
     ConfigError,
@@ -77,6 +78,8 @@ __all__ = [
     "build_trainset",
     "by_hand",
     "caption_id",
+    "carried_model",
+    "carried_part",
     "commit_part",
     "committed_part",
     "connect",

@@ -84,7 +84,7 @@ def register(
         "config": canonical(config),
     }
     _upload(lake, local_folder, model_id, record)
-    return _record(lake, record)
+    return record_model(lake, record)
 
 
 def register_foreign(
@@ -106,10 +106,10 @@ def register_foreign(
         "config": canonical(config),
     }
     _write_lineage(lake, model_id, record)
-    return _record(lake, record)
+    return record_model(lake, record)
 
 
-def _record(lake: Lake, record: Mapping[str, Any]) -> ModelRef:
+def record_model(lake: Lake, record: Mapping[str, Any]) -> ModelRef:
     """Commit a model's row, unless it is the newest of its role and round already."""
     model_id, role, round = record["model_id"], record["role"], record["round"]
     name = f"{role}-{model_id}"
@@ -222,7 +222,8 @@ def promotions(lake: Lake) -> list[dict[str, Any]]:
 
 def last_promotion(lake: Lake) -> dict[str, Any] | None:
     """The last entry of the champion's history."""
-    return (promotions(lake) or [None])[-1]
+    history = promotions(lake)
+    return history[-1] if history else None
 
 
 def champion(lake: Lake) -> ModelRef | None:

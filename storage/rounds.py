@@ -43,6 +43,8 @@ class RoundRecord:
     """By training: images_per_s, memory_gib and, where the device's peak is known, mfu."""
     decided_by: Literal["gate", "hand"] | None = None
     """Who gave the status that it ended with; null while running and in records of older versions."""
+    origin: str | None = None
+    """What a later round started from and what was new then, in words."""
 
     def __post_init__(self) -> None:
         """Rounds count from 1."""
@@ -180,7 +182,7 @@ def _unpacked(row: dict[str, Any]) -> RoundRecord:
         name: datetime.fromisoformat(row[name]) if row[name] else None
         for name in ("started_at", "finished_at")
     }
-    row.setdefault("speed", "{}")  # records of older versions have none, nor a decided_by
+    row.setdefault("speed", "{}")  # records of older versions have none, nor the fields after it
     return RoundRecord(**row | times | {name: json.loads(row[name]) for name in _MAPPINGS})
 
 

@@ -223,6 +223,7 @@ ROUNDS = pa.schema(
         _column("device_seconds", _TEXT, "device seconds by stage, as a JSON object", False),
         _column("speed", _TEXT, "images/s, memory and MFU by training, as a JSON object"),
         _column("decided_by", _TEXT, "gate or hand; null while running and in older parts"),
+        _column("origin", _TEXT, "what a later round started from and what was new, in words"),
     ]
 )
 
@@ -284,7 +285,7 @@ TABLES: dict[str, pa.Schema] = {
 ADDED_LATER = {
     "decisions": ("generation",),
     "metrics": ("protocol",),
-    "rounds": ("speed", "decided_by"),
+    "rounds": ("speed", "decided_by", "origin"),
 }
 """Columns that parts of older lakes do not have; nullable."""
 

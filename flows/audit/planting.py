@@ -122,15 +122,15 @@ def plant(
             images_of[_plain(text)].add(number)
     pool = sorted((text, number) for number, image in enumerate(images) for text in image.texts)
     for number, image in enumerate(images):
-        draw = _Draws(f"{seed} {image.row.image_id}")
+        key = f"{seed} {image.row.image_id}"
         same = set().union(*(images_of[_plain(text)] for text in image.texts)) | {number}
-        others = _others(pool, same, draw)
-        true = image.texts[draw.below(len(image.texts))]
+        others = _others(pool, same, _Draws(f"{key} others"))
+        true = image.texts[_Draws(f"{key} true").below(len(image.texts))]
         yield Planted(
             image=image,
             true=true,
             random=others[0] if others else None,
-            swapped=swaps.swap(true, image.texts, draw),
+            swapped=swaps.swap(true, image.texts, _Draws(f"{key} swapped")),
             candidates=tuple(others[1:]),
         )
 

@@ -179,8 +179,8 @@ def _by_canaries(con: Any, run: Run) -> Iterator[Metric]:
         yield from _noise_metrics(model.estimate(texts, kept), f"_{source}", texts, kept)
     if groups:
         both = model.over(list(groups.values()))
-        texts, kept = (sum(group[i] for group in groups.values()) for i in (0, 1))
-        yield from _noise_metrics(both, "", texts, kept)
+        together = [np.sum([group[i] for group in groups.values()], axis=0) for i in (0, 1)]
+        yield from _noise_metrics(both, "", together[0], together[1])
     if "web" in groups:
         reached = _threshold_for(model, groups["web"][0], run.settings.audit.precision)
         if reached is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from flows.session import Run
 from flows.steps.batches import rows_table
 from flows.stream import ImageRow
 from storage import ModelRef, PartRef, caption_id, commit_part, committed_part, connect
+from storage.fingerprint import Basis
 
 DATASET = "heldout"
 
@@ -57,7 +57,7 @@ def held_out(run: Run) -> HeldOut:
     return HeldOut(images=images, captions=tuple(tuple(row[4]) for row in rows))
 
 
-def committed_ranks(run: Run, ref: ModelRef, basis: Mapping[str, Any]) -> PartRef | None:
+def committed_ranks(run: Run, ref: ModelRef, basis: Basis) -> PartRef | None:
     """The part of `ranks` that goes with a model's figures in this round, None when there is none."""
     return committed_part(
         run.lake, "ranks", _part_name(ref), round=run.round, basis=basis, on_stale=run.on_stale
@@ -65,10 +65,10 @@ def committed_ranks(run: Run, ref: ModelRef, basis: Mapping[str, Any]) -> PartRe
 
 
 def commit_ranks(
-    run: Run, ref: ModelRef, heldout: HeldOut, ranks: RetrievalRanks, basis: Mapping[str, Any]
+    run: Run, ref: ModelRef, heldout: HeldOut, ranks: RetrievalRanks, basis: Basis
 ) -> PartRef:
     """Keep the ranks of a model on the held-out pairs; one row for each query."""
-    about = {"round": run.round, "model_id": ref.model_id, "dataset": DATASET}
+    about: dict[str, Any] = {"round": run.round, "model_id": ref.model_id, "dataset": DATASET}
     ids = [row.image_id for row in heldout.images]
     rows = [
         about | {"direction": "i2t", "image_id": image_id, "rank": rank}
@@ -82,9 +82,7 @@ def commit_ranks(
             about | {"direction": "t2i", "image_id": image_id, "caption_id": name, "rank": rank}
         )
     table = rows_table("ranks", rows)
-    return commit_part(
-        run.lake, "ranks", _part_name(ref), table, round=run.round, basis=dict(basis)
-    )
+    return commit_part(run.lake, "ranks", _part_name(ref), table, round=run.round, basis=basis)
 
 
 def ranks_of(run: Run, ref: ModelRef) -> tuple[RetrievalRanks, list[str]] | None:

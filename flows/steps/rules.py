@@ -117,7 +117,8 @@ def difference(figure: Figure, reference: Figure) -> Metric:
     The method of variance estimates recovery (Zou and Donner 2008): the distances to the ends add like standard
     deviations. Of the same cases it is too wide, never too narrow for what depends on them alike.
     """
-    value, interval = figure.value - reference.value, (None, None)
+    value = figure.value - reference.value
+    interval: tuple[float | None, float | None] = (None, None)
     ends = (figure.low, figure.high, reference.low, reference.high)
     if None not in ends:
         low, high, low_before, high_before = (float(end) for end in ends if end is not None)

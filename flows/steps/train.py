@@ -44,6 +44,7 @@ from storage import (
     TrainSet,
     TrainSetRef,
     basis_of,
+    carried_model,
     commit_part,
     committed_part,
     fingerprint_of,
@@ -86,6 +87,9 @@ def train_model(
     )
     if curve is not None and (made := _model_of(run.lake, curve)) is not None:
         return made, False
+    carried = carried_model(run.lake, name, plan.role, round=plan.round, basis=basis)
+    if carried is not None:
+        return carried, False
     # refuse what does not fit before any compute
     train_config(plan, run.settings.seed, len(_order(run, plan, open_trainset(run.lake, rows))))
     clock = Clock()
