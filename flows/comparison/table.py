@@ -82,6 +82,9 @@ class ComparedPolicy:
     num_web: int
     num_synthetic: int
     num_human: int
+    dropped_web: int | None
+    """Web texts left out; None when it uses none of them."""
+    dropped_synthetic: int | None
     figures: tuple[ComparedFigure, ...]
 
     @property
@@ -238,12 +241,14 @@ def _policy(rows: list[dict[str, Any]], figures: list[ComparedFigure]) -> Compar
         params=first["params"],
         label=first["label"],
         generation=first["generation"],
-        has_captioner=_has_captioner(first),
-        has_filter=_has_filter(first),
+        has_captioner=bool(first["num_synthetic"]),
+        has_filter=bool(first["dropped_web"] or first["dropped_synthetic"]),
         seeds=tuple(sorted(row["seed"] for row in rows)),
         num_web=first["num_web"],
         num_synthetic=first["num_synthetic"],
         num_human=first["num_human"],
+        dropped_web=first["dropped_web"],
+        dropped_synthetic=first["dropped_synthetic"],
         figures=tuple(figures),
     )
 
@@ -253,14 +258,6 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     paper = ("raw", "web_filtered", "all", "blip")
     name = row["policy"]
     return (paper.index(name) if name in paper else len(paper), name, row["params"])
-
-
-def _has_captioner(row: dict[str, Any]) -> bool:
-    return bool(row["num_synthetic"])
-
-
-def _has_filter(row: dict[str, Any]) -> bool:
-    return bool(row["dropped_web"] or row["dropped_synthetic"])
 
 
 def _dicts(answer: Any) -> list[dict[str, Any]]:
