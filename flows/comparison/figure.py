@@ -5,6 +5,7 @@ SVG that stands alone: it names its own fonts and colours, for light and dark.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from itertools import count
 
@@ -20,18 +21,51 @@ GAP = 20
 COLUMNS = 2
 MAX_LABEL = 20
 
-STYLE = """
-svg{font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;font-size:12px}
-.page{fill:#fff}.title{font-size:15px;font-weight:600;fill:#1b1b1b}.name{font-weight:600;fill:#1b1b1b}
-.tick,.label,.note{fill:#444}.grid{stroke:#e3e3e3}.base{fill:#777;fill-opacity:.16}
-.base-line{stroke:#777;stroke-dasharray:3 3}.whisker{stroke-width:2.5;stroke-linecap:round}
-.seed{fill-opacity:.35}.noise{stroke:#555;fill:#555}.better{stroke:#0f766e;fill:#0f766e}
-.worse{stroke:#b42318;fill:#b42318}.mean{stroke:#fff;stroke-width:1.2}
-@media (prefers-color-scheme:dark){.page{fill:#17191c}.title,.name{fill:#f2f2f2}
-.tick,.label,.note{fill:#c4c4c4}.grid{stroke:#34383d}.base{fill:#aaa}.base-line{stroke:#aaa}
-.noise{stroke:#bbb;fill:#bbb}.better{stroke:#4fd1c0;fill:#4fd1c0}.worse{stroke:#ff8b7e;fill:#ff8b7e}
-.mean{stroke:#17191c}}
-"""
+CLASS = "did-it-pay"
+"""Of every SVG element here, so that its styles touch nothing else on a page."""
+
+_RULES = {
+    ".page": "fill:#fff",
+    ".title": "font-size:15px;font-weight:600;fill:#1b1b1b",
+    ".name": "font-weight:600;fill:#1b1b1b",
+    ".tick": "fill:#444",
+    ".label": "fill:#444",
+    ".note": "fill:#444",
+    ".grid": "stroke:#e3e3e3",
+    ".base": "fill:#777;fill-opacity:.16",
+    ".base-line": "stroke:#777;stroke-dasharray:3 3",
+    ".whisker": "stroke-width:2.5;stroke-linecap:round",
+    ".seed": "fill-opacity:.35",
+    ".noise": "stroke:#555;fill:#555",
+    ".better": "stroke:#0f766e;fill:#0f766e",
+    ".worse": "stroke:#b42318;fill:#b42318",
+    ".mean": "stroke:#fff;stroke-width:1.2",
+}
+_IN_THE_DARK = {
+    ".page": "fill:#17191c",
+    ".title": "fill:#f2f2f2",
+    ".name": "fill:#f2f2f2",
+    ".tick": "fill:#c4c4c4",
+    ".label": "fill:#c4c4c4",
+    ".note": "fill:#c4c4c4",
+    ".grid": "stroke:#34383d",
+    ".base": "fill:#aaa",
+    ".base-line": "stroke:#aaa",
+    ".noise": "stroke:#bbb;fill:#bbb",
+    ".better": "stroke:#4fd1c0;fill:#4fd1c0",
+    ".worse": "stroke:#ff8b7e;fill:#ff8b7e",
+    ".mean": "stroke:#17191c",
+}
+
+
+def _scoped(rules: Mapping[str, str]) -> str:
+    return "".join(f".{CLASS} {name}{{{rule}}}" for name, rule in rules.items())
+
+
+STYLE = (
+    f".{CLASS}{{font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;font-size:12px}}"
+    f"{_scoped(_RULES)}@media (prefers-color-scheme:dark){{{_scoped(_IN_THE_DARK)}}}"
+)
 """Better and worse also differ by words in every mark's title and in the label beside it."""
 
 
@@ -59,10 +93,20 @@ def figure_svg(comparison: Comparison) -> str:
     for line, y in zip(said, count(below, 18), strict=False):
         parts.append(f'<text class="note" x="{GAP}" y="{y}">{escape(line)}</text>')
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total}" width="{width}" '
-        f'height="{total}" role="img" aria-labelledby="t d"><title id="t">{escape(title)}</title>'
-        f'<desc id="d">{escape(" ".join([_subtitle(comparison), *sentences(comparison)]))}</desc>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="{CLASS}" viewBox="0 0 {width} {total}" '
+        f'width="{width}" height="{total}" role="img" aria-labelledby="{CLASS}-t {CLASS}-d">'
+        f'<title id="{CLASS}-t">{escape(title)}</title><desc id="{CLASS}-d">'
+        f"{escape(' '.join([_subtitle(comparison), *sentences(comparison)]))}</desc>"
         f"<style>{STYLE}</style>{''.join(parts)}</svg>\n"
+    )
+
+
+def panel_svg(comparison: Comparison, metric: str) -> str:
+    """One metric as an SVG element for a page that has STYLE; `PANEL_WIDTH` px wide, so that a phone shows it 1:1."""
+    height, label = panel_height(comparison), escape(comparison.metrics[metric])
+    return (
+        f'<svg class="{CLASS}" viewBox="0 0 {PANEL_WIDTH} {height}" role="img" aria-label="{label}">'
+        f"{panel(comparison, metric)}</svg>"
     )
 
 

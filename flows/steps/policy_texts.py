@@ -8,13 +8,14 @@ from typing import Any
 
 import yaml
 
-from flows.errors import SettingsError
+from flows.errors import MissingInput, SettingsError
 from flows.session import Run
 from flows.steps.decide import require_scores
 from flows.steps.plans import clean_sql
 from storage import build_trainset, connect, decide
 from storage.errors import ConfigError
 from storage.fingerprint import canonical
+from storage.generations import active_generation
 from storage.policy_file import Policy, read_policy
 
 THRESHOLD = "threshold"
@@ -53,7 +54,7 @@ def policy_texts(run: Run, asked: Sequence[str]) -> list[PolicyTexts]:
     Raises:
         ConfigError: a policy or parameter is unknown, or a policy fails.
         SettingsError: a policy keeps nothing, or two are the same.
-        MissingInput: some shard has not been scored in this round.
+        MissingInput: some shard has not been scored in this round, or the round has not decided.
     """
     chosen = [(text, *_parsed(run, text)) for text in asked]
     named: dict[str, str] = {}
@@ -66,6 +67,11 @@ def policy_texts(run: Run, asked: Sequence[str]) -> list[PolicyTexts]:
             )
         named[generation] = text
     require_scores(run)
+    if active_generation(run.lake, run.round) is None:
+        # Else the first of the policies compared would be what `clean` and the retraining follow.
+        raise MissingInput(
+            f"round {run.round} of {run.lake.uri} has not decided yet; run `bootstrap decide` first"
+        )
     return [_texts(run, text, policy, params) for text, policy, params in chosen]
 
 

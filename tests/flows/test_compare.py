@@ -19,7 +19,7 @@ from cycle import (
     table_contents,
 )
 
-from flows.comparison.figure import figure_svg
+from flows.comparison.figure import figure_svg, panel_svg
 from flows.comparison.table import Comparison, compared
 from flows.comparison.words import markdown, notes, sentences
 from flows.errors import MissingInput, SettingsError
@@ -227,6 +227,10 @@ def test_words_and_figure_say_what_is_within_noise(
     titles = [node.text or "" for node in drawn.iter("{http://www.w3.org/2000/svg}title")]
     assert len(titles) == 1 + len(comparison.metrics) * 3
     assert figure_svg(comparison) == figure_svg(comparison)
+    for metric, label in comparison.metrics.items():
+        alone = ET.fromstring(panel_svg(comparison, metric))
+        assert alone.get("aria-label") == label
+        assert len(list(alone.iter("title"))) == 3
     for figure in comparison.policies[1].figures:
         assert figure.gain is not None
         verdict = "than the baseline" if figure.gain.is_clear else "within noise of the baseline"
@@ -330,9 +334,14 @@ def test_settings_of_a_comparison_are_checked(
         parse_settings(before.settings | {"compare": ASKED | asked})
 
 
-def test_a_round_without_scores_is_refused(before: FinishedCycle, tmp_path: Path) -> None:
+def test_a_round_without_decisions_or_scores_is_refused(
+    before: FinishedCycle, tmp_path: Path
+) -> None:
     cycle = copied(before, tmp_path)
     lake = Lake.open(str(cycle.lake))
+    (cycle.lake / "rounds" / "0001" / "policy.json").unlink()
+    with pytest.raises(MissingInput, match=r"round 1 of .* has not decided yet"):
+        _compare(cycle)
     drop_part(lake, list_parts(lake, "scores", 1)[0])
     with pytest.raises(MissingInput, match="1 shards have no scores of round 1"):
         _compare(cycle)
