@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flows import (
+    compare_command,
     decide_command,
     exports,
     round_commands,
@@ -87,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
     why_command.register(commands, _command)
     sql_command.register(commands, _command)
     round_commands.register(commands, _command)
+    compare_command.register(commands, _command, _settings_options)
     repair = _command(
         commands, "repair", "check every committed file, drop what is damaged", _repair
     )
@@ -175,7 +177,7 @@ def _cycle(settings: BootstrapSettings) -> int:
     from flows.bootstrap import bootstrap
     from flows.terminal import console
 
-    with _bars():
+    with bars():
         result = bootstrap(settings)
     console.print(f"round {result.round}: {result.status}. {result.why}", highlight=False)
     console.print(f"lake:   {result.lake}", highlight=False)
@@ -187,7 +189,7 @@ def _quickstart(options: argparse.Namespace) -> int:
     from flows.quickstart.tour import show
 
     settings = settings_from(options)
-    with _bars():
+    with bars():
         result = bootstrap(settings)
     show(settings, result)
     return 0
@@ -201,7 +203,7 @@ def _stage(options: argparse.Namespace) -> int:
 
     settings = settings_from(options)
     stage = getattr(stages, options.name.replace("-", "_"))
-    with _bars():
+    with bars():
         result = stage(settings)
     console.print(str(result), highlight=False)
     if options.name == "audit":
@@ -245,7 +247,8 @@ def _finetune(options: argparse.Namespace) -> int:
     return 0
 
 
-def _bars() -> Any:
+def bars() -> Any:
+    """Progress of the stages on the terminal, for the length of a `with`."""
     from flows.progress import add_sink
     from flows.terminal import StageBars
 

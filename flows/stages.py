@@ -12,11 +12,12 @@ from prefect import flow
 
 from flows import artifacts, models, tasks
 from flows.book import finish_round, reopen_round, timed
+from flows.comparison.table import Comparison, compared
 from flows.errors import MissingInput
 from flows.progress import StageProgress
 from flows.quickstart.truth import measure_truth
 from flows.refs import StageResult
-from flows.session import Run, open_run
+from flows.session import Run, open_beside, open_run
 from flows.settings import BootstrapSettings
 from flows.steps import plans
 from flows.steps.collapse import measure_captions
@@ -178,6 +179,34 @@ def gate(settings: BootstrapSettings) -> Verdict:
             finish_round(run, verdict, (challenger if verdict.promoted else champion).model_id)
         logger.info("round %d: %s: %s", run.round, verdict.status, verdict.why)
         return verdict
+
+
+@flow(name="compare")
+def compare(settings: BootstrapSettings) -> Comparison:
+    """New models of several policies on one round's texts, measured alike: did filtering and captioning pay?
+
+    No round takes part in it: it changes no verdict, no champion and no view of a round.
+    """
+    wanted = settings.compare.round
+    with open_beside(settings, purpose="compare", round=wanted) as run:
+        arms = tasks.plan_arms_task(run)
+        for number, arm in enumerate(arms):
+            stage = f"{arm.texts.policy} {arm.seed}"
+            with StageProgress(
+                stage, f"Arm {number + 1} of {len(arms)}: steps", run.round
+            ) as progress:
+                tasks.run_arm_task(run, arm, progress)
+        comparison = compared(
+            run.lake,
+            run.round,
+            steps=arms[0].steps,
+            generations=list(dict.fromkeys(arm.texts.generation for arm in arms)),
+            seeds={arm.seed for arm in arms},
+        )
+        assert comparison is not None, f"{len(arms)} arms left no figure"
+        write_catalog(run.lake)
+        artifacts.comparison_table(run, comparison)
+        return comparison
 
 
 @flow(name="report")

@@ -74,8 +74,8 @@ def noise_estimate(
 
     None where the round has no canaries.
     """
-    from blip_core.noise import NoiseModel, score_ranges
-    from flows.steps.audit import canary_scores
+    from blip_core.noise import NoiseModel, score_ranges, share_of_draws
+    from flows.steps.audit import canary_scores, noise_draws
 
     scores = canary_scores(con, round)
     if scores is None or len(scores.of_kind) < 2 or "true" not in scores.of_kind:
@@ -84,10 +84,17 @@ def noise_estimate(
     model = NoiseModel(scores.of_kind, edges)
 
     def estimate(
-        _source: str, texts: np.ndarray, kept: np.ndarray
+        source: str, texts: np.ndarray, kept: np.ndarray
     ) -> tuple[float, float, float] | None:
-        left = model.estimate(texts, kept).left
-        return None if left is None else (left.value, left.low, left.high)
+        if not kept.any():
+            return None
+        first = int(np.flatnonzero(kept)[0])  # whatever the policy, nothing below is kept
+        cut = -math.inf if first == 0 else float(edges[first - 1])
+        _, left = noise_draws(scores, source, model, texts, kept, cut)
+        if left is None:
+            return None
+        share = share_of_draws(left, int(kept.sum()))
+        return share.value, share.low, share.high
 
     return scores.number, edges, estimate
 

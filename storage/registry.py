@@ -18,10 +18,19 @@ from storage.errors import ConfigError, CorruptData
 from storage.fingerprint import basis_of, canonical
 from storage.ids import ID_LENGTH
 from storage.lake import Lake
-from storage.tables import commit_part, committed_part, file_sha256, list_parts, read_part
+from storage.tables import (
+    commit_part,
+    committed_part,
+    drop_part,
+    file_sha256,
+    list_parts,
+    read_part,
+)
 
 WEIGHTS = "model.safetensors"
-ROLES = ("med", "captioner", "filter")
+ARM = "arm"
+"""A model of a comparison of policies: a MED that no round starts from and that is never champion."""
+ROLES = ("med", "captioner", "filter", ARM)
 Action = Literal["gate", "promote", "rollback"]
 """Who changed the champion: a round's gate, or a person."""
 FOREIGN_ROLES = ("foreign_captioner", "foreign_scorer")
@@ -114,7 +123,10 @@ def record_model(lake: Lake, record: Mapping[str, Any]) -> ModelRef:
 
 
 def resolve(lake: Lake, model_id: str) -> ModelRef:
-    """The model of that id, or of an unambiguous beginning of at least 6 digits."""
+    """The model of that id, or of an unambiguous beginning of at least 6 digits.
+
+    One that a round made and an arm of a comparison made again is the round's.
+    """
     rows = [r for r in list_models(lake) if r.model_id.startswith(model_id)]
     known = {r.model_id for r in rows}
     if len(known) != 1 or len(model_id) < 6:
@@ -122,7 +134,7 @@ def resolve(lake: Lake, model_id: str) -> ModelRef:
         raise ConfigError(
             f"model {model_id!r} in {lake.uri}: {found}; SELECT model_id, role, round FROM models"
         )
-    return rows[0]
+    return min(rows, key=lambda ref: ref.role == ARM)
 
 
 def find(lake: Lake, role: str, round: int) -> ModelRef | None:
@@ -174,6 +186,28 @@ def local_folder(lake: Lake, ref: ModelRef) -> Path:
     return folder
 
 
+def forget_arm(lake: Lake, ref: ModelRef) -> bool:
+    """Remove the weights of an arm whose figures are known; False where a round has the same model, which stays.
+
+    Its row in `arms` stays, and says what it was trained on.
+    """
+    if ref.role != ARM:
+        raise ConfigError(f"model {ref.model_id} is a {ref.role}, not an arm of a comparison")
+    rows = [part for part in list_parts(lake, "models") if part.name.endswith(ref.model_id)]
+    for part in rows:
+        if part.name.startswith(f"{ARM}-"):
+            drop_part(lake, part)
+    if any(not part.name.startswith(f"{ARM}-") for part in rows):
+        return False
+    lake.root.remove(ref.path)
+    return True
+
+
+def arm_path(model_id: str) -> str:
+    """Where an arm's model lies, or lay before it was removed."""
+    return layout.model_dir(model_id)
+
+
 def lineage_of(lake: Lake, model_id: str) -> dict[str, Any]:
     """Where a model comes from: parent, round, training set, configuration."""
     record: dict[str, Any] = json.loads(lake.root.read_bytes(layout.lineage(model_id)))
@@ -217,6 +251,11 @@ def promote(
     if not re.fullmatch(f"[0-9a-f]{{{ID_LENGTH}}}", model_id):
         raise ConfigError(f"model id {model_id!r} is not {ID_LENGTH} hex digits")
     ref = resolve(lake, model_id)
+    if ref.role == ARM:
+        raise ConfigError(
+            f"model {model_id} of {lake.uri} is an arm of a comparison and never champion; to have a round "
+            "with its policy, name it in decide.policy and run `bootstrap next-round`"
+        )
     history = promotions(lake)
     entry = {"model_id": model_id, "round": round, "why": why, "action": action}
     last = history[-1] if history else {}

@@ -107,7 +107,10 @@ MODEL_RECORDS = pa.schema(
     [
         _column("model_id", _TEXT, "first 32 hex digits of the sha256 of its weights", False),
         _column(
-            "role", _TEXT, "med, captioner, filter, foreign_captioner or foreign_scorer", False
+            "role",
+            _TEXT,
+            "med, captioner, filter, arm, foreign_captioner or foreign_scorer",
+            False,
         ),
         _column("parent_id", _TEXT, "the model it was finetuned from; null from scratch"),
         _column("round", pa.int32(), "round that trained it", False),
@@ -169,6 +172,36 @@ GATE_RULES = pa.schema(
         _column("outcome", _TEXT, "pass, fail or not measured", False),
         _column("verdict_if_failed", _TEXT, "refuse or person", False),
         _column("why", _TEXT, "the rule's finding in words", False),
+    ]
+)
+
+ARMS = pa.schema(
+    [
+        _column("round", pa.int32(), "round whose texts were decided on", False),
+        _column("policy", _TEXT, "the SQL file that decided", False),
+        _column("params", _TEXT, "its parameters, as a JSON object", False),
+        _column("label", _TEXT, "policy, and its parameters that are not the default", False),
+        _column("generation", _TEXT, "the decisions that its training set is made of", False),
+        _column("seed", _INT, "seed that its model was trained with", False),
+        _column("steps", _INT, "optimizer steps that its model was trained for", False),
+        _column("model_id", _TEXT, "its model", False),
+        _column("trained_on", _TEXT, "fingerprint of its training set", False),
+        _column("num_web", _INT, "web texts in its training set", False),
+        _column("num_synthetic", _INT, "synthetic texts in its training set", False),
+        _column("num_human", _INT, "human texts in its training set", False),
+        _column("dropped_web", _INT, "web texts left out; null when it uses none of them"),
+        _column("dropped_synthetic", _INT, "the same of synthetic texts"),
+        _column("settings", _TEXT, "what all arms of a comparison share, as JSON", False),
+    ]
+)
+
+ARM_RESAMPLES = pa.schema(
+    [
+        _column("round", pa.int32(), "round of the arm", False),
+        _column("model_id", _TEXT, "the arm's model", False),
+        _column("metric", _TEXT, "name of the figure, as in metrics", False),
+        _column("resample", pa.int32(), "which resample of the held-out images, from 0", False),
+        _column("value", _FLOAT, "the figure on it; the same images for every model"),
     ]
 )
 
@@ -251,6 +284,8 @@ TABLES: dict[str, pa.Schema] = {
     "rounds": ROUNDS,
     "ranks": RANKS,
     "gate_rules": GATE_RULES,
+    "arms": ARMS,
+    "arm_resamples": ARM_RESAMPLES,
 }
 
 ADDED_LATER = {

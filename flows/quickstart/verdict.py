@@ -170,11 +170,10 @@ def noise_truth(verdict: Verdict) -> dict[str, float]:
     return truth | {f"noise_{when}": wrong / n for when, (wrong, n) in hits.items() if n}
 
 
-def caption_truth(captions: Iterable[tuple[str, str]], world: World) -> Rate:
-    """Share of (image_id, caption) that are true of their picture. KeyError for unknown images."""
+def captions_true(captions: Iterable[tuple[str, str]], world: World) -> list[bool]:
+    """Which (image_id, caption) are true of their picture, in order. KeyError for unknown images."""
     scenes = world.scenes()
-    verdicts = [caption_is_true(caption, scenes[image_id]) for image_id, caption in captions]
-    return Rate(hits=sum(verdicts), n=len(verdicts))
+    return [caption_is_true(caption, scenes[image_id]) for image_id, caption in captions]
 
 
 def compare_arms(

@@ -9,10 +9,10 @@ import torch
 
 from blip_core import (
     CaptionConfig,
-    EncodedPairs,
     LoadedModel,
     MEDCaptioner,
     Metric,
+    RetrievalRanks,
     caption_metrics,
     encode_pairs,
     evaluate_itm,
@@ -36,7 +36,12 @@ from storage import (
 )
 
 STAGE_VERSION = 2
-PROTOCOL_OF = {"med": "zero-shot", "captioner": "finetuned", "filter": "finetuned"}
+PROTOCOL_OF = {
+    "med": "zero-shot",
+    "arm": "zero-shot",
+    "captioner": "finetuned",
+    "filter": "finetuned",
+}
 """By the role of a model: only a captioner and a filter were finetuned for what is measured."""
 
 
@@ -63,18 +68,13 @@ def evaluate_model(run: Run, ref: ModelRef) -> PartRef:
     loaded = models.load(run, ref)
     metrics: list[Metric] = []
     if ref.role != "captioner":
-        encoded = _encoded(run, loaded, heldout)
-        ranks = rank_pairs(
-            loaded.model, loaded.tokenizer, encoded, rerank_k=run.settings.evaluate.rerank_k
-        )
+        ranks, metrics = matching(run, loaded, heldout)
         if not ranked:
             commit_ranks(run, ref, heldout, ranks, basis)
         if existing is not None:  # Killed between the two, or measured by a version without ranks.
             return existing
-        metrics = recall_metrics(ranks)
-        metrics += evaluate_itm(loaded.model, loaded.tokenizer, encoded, seed=run.settings.seed)
     if ref.role != "filter":
-        metrics += _captioning(run, loaded, heldout)
+        metrics += captioning(run, loaded, heldout)
     records = [
         {
             "round": run.round,
@@ -104,7 +104,7 @@ def _basis(run: Run, ref: ModelRef, heldout: HeldOut) -> dict[str, Any]:
     }
     if ref.role != "med":
         config["role"] = ref.role
-    return basis_of("evaluate", STAGE_VERSION, config, _heldout_inputs(heldout), ref.model_id)
+    return basis_of("evaluate", STAGE_VERSION, config, heldout_inputs(heldout), ref.model_id)
 
 
 def part_name(ref: ModelRef) -> str:
@@ -126,7 +126,7 @@ def pixel_batches(run: Run, loaded: LoadedModel, heldout: HeldOut) -> Iterator[t
             yield batch.pixel_values
 
 
-def _heldout_inputs(heldout: HeldOut) -> list[str]:
+def heldout_inputs(heldout: HeldOut) -> list[str]:
     """What the figures depend on: images and captions, by content."""
     content = {
         row.image_id: list(texts)
@@ -135,8 +135,11 @@ def _heldout_inputs(heldout: HeldOut) -> list[str]:
     return [fingerprint("heldout", 1, content, [])]
 
 
-def _encoded(run: Run, loaded: LoadedModel, heldout: HeldOut) -> EncodedPairs:
-    return encode_pairs(
+def matching(
+    run: Run, loaded: LoadedModel, heldout: HeldOut
+) -> tuple[RetrievalRanks, list[Metric]]:
+    """Ranks of the held-out pairs, recalls, and figures of telling true pairs from wrong ones."""
+    encoded = encode_pairs(
         loaded.model,
         loaded.tokenizer,
         pixel_batches(run, loaded, heldout),
@@ -145,9 +148,16 @@ def _encoded(run: Run, loaded: LoadedModel, heldout: HeldOut) -> EncodedPairs:
         max_text_tokens=run.settings.score.max_text_tokens,
         spill_folder=run.lake.scratch("evaluate"),
     )
+    ranks = rank_pairs(
+        loaded.model, loaded.tokenizer, encoded, rerank_k=run.settings.evaluate.rerank_k
+    )
+    metrics = recall_metrics(ranks)
+    metrics += evaluate_itm(loaded.model, loaded.tokenizer, encoded, seed=run.settings.seed)
+    return ranks, metrics
 
 
-def _captioning(run: Run, loaded: LoadedModel, heldout: HeldOut) -> list[Metric]:
+def captioning(run: Run, loaded: LoadedModel, heldout: HeldOut) -> list[Metric]:
+    """Caption metrics of what a model writes about the held-out images."""
     settings = run.settings.evaluate
     config = CaptionConfig(
         decoding=settings.decoding,

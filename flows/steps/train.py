@@ -112,7 +112,8 @@ def train_model(
         trained_on=rows.fingerprint,
         config=basis["config"],
     )
-    note_speed(run, plan.name, history)
+    if plan.role != registry.ARM:  # the round did not spend its time on it
+        note_speed(run, plan.name, history)
     table = rows_table("metrics", curve_rows(plan, ref, history))
     commit_part(run.lake, "metrics", name, table, round=plan.round, basis=basis, clock=clock)
     shutil.rmtree(folder)

@@ -105,6 +105,13 @@ def test_deployments_run_the_cycle_and_show_it(
     assert "# Round 1: promoted" in artifacts["round-1"]["data"]
     assert "reports/round=0001/index.html" in artifacts["round-1"]["data"]
 
+    asked = {"policies": ["raw", "percentile:share=0.4"], "seeds": 1, "steps": 3}
+    compared = _deployment_run(project, "compare/compare", settings | {"compare": asked})
+    assert compared.returncode == 0, compared.stdout[-2000:] + compared.stderr[-2000:]
+    artifacts = {artifact["key"]: artifact for artifact in _api(project, "/artifacts/filter")}
+    assert "| percentile:share=0.4 |" in artifacts["compare-round-1"]["data"]
+    assert "With one seed they say nothing" in artifacts["compare-round-1"]["data"]
+
     second = _deployment_run(project, "bootstrap/next-round", settings | {"cycle": "next-round"})
     assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-2000:]
     rounds = query(opened, "SELECT round FROM rounds ORDER BY round").to_pylist()
