@@ -57,6 +57,9 @@ class LakeTables:
             connection.unregister("arrow")
         connection.execute("CREATE VIEW active_decisions AS FROM decisions")
         connection.execute("CREATE VIEW model_records AS FROM models")
+        connection.execute(
+            "CREATE VIEW active_policies AS SELECT DISTINCT round, policy, generation FROM decisions"
+        )
         for view in VIEWS:
             if view not in ("models", "lineage"):
                 sql = files("storage").joinpath("sql", f"{view}.sql")
