@@ -192,6 +192,8 @@ def _measured(facts: Facts) -> str:
             f"The filter's errors, from planted pairs of known truth and a judge outside the loop{under}; `noise_left` is the "
             "estimated share of wrong texts among those kept, `noise_before` among all:",
             _metrics(audit),
+            "These estimates assume that true and wrong texts score as the planted ones do. A captioner's own mistakes may fool the filter "
+            "more often than those: for synthetic texts read `noise_left` as a lower bound.",
         ]
     else:
         text.append(
