@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart test up down lint format clean
+.PHONY: setup quickstart demo-rounds test up down lint format clean
 
 setup: $(STAMP)
 
@@ -21,6 +21,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 quickstart: setup
 	$(BIN)/bootstrap quickstart
+
+demo-rounds: setup
+	$(BIN)/python benchmarks/demo_rounds.py --out docs/results
 
 up: setup
 	@$(BIN)/bootstrap up

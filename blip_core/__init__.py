@@ -21,14 +21,19 @@ if TYPE_CHECKING:
     from blip_core.config import MEDConfig as MEDConfig
     from blip_core.config import TextConfig as TextConfig
     from blip_core.config import VisionConfig as VisionConfig
+    from blip_core.diversity import caption_diversity as caption_diversity
     from blip_core.errors import BlipError as BlipError
     from blip_core.errors import CheckpointError as CheckpointError
     from blip_core.errors import ConfigError as ConfigError
     from blip_core.errors import CorruptCheckpoint as CorruptCheckpoint
     from blip_core.errors import DecodeError as DecodeError
     from blip_core.errors import TrainingError as TrainingError
+    from blip_core.evaluation import RetrievalRanks as RetrievalRanks
     from blip_core.evaluation import evaluate_itm as evaluate_itm
     from blip_core.evaluation import evaluate_retrieval as evaluate_retrieval
+    from blip_core.evaluation import mean_recall_gain as mean_recall_gain
+    from blip_core.evaluation import rank_pairs as rank_pairs
+    from blip_core.evaluation import recall_metrics as recall_metrics
     from blip_core.evaluation import retrieval_recalls as retrieval_recalls
     from blip_core.foreign import foreign_model_id as foreign_model_id
     from blip_core.foreign_captioner import ForeignCaptioner as ForeignCaptioner
@@ -81,7 +86,16 @@ _MODULES = {
         "DecodeError",
         "TrainingError",
     ),
-    "evaluation": ("evaluate_itm", "evaluate_retrieval", "retrieval_recalls"),
+    "diversity": ("caption_diversity",),
+    "evaluation": (
+        "RetrievalRanks",
+        "evaluate_itm",
+        "evaluate_retrieval",
+        "mean_recall_gain",
+        "rank_pairs",
+        "recall_metrics",
+        "retrieval_recalls",
+    ),
     "foreign": ("foreign_model_id",),
     "foreign_captioner": ("ForeignCaptioner",),
     "generation": ("CaptionConfig", "Sequences"),

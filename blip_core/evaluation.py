@@ -4,13 +4,21 @@ Dimension key: I images, T texts, N pairs, R resamples.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from blip_core.config import require
-from blip_core.intervals import Metric, auc_metric, measured, precision_metric, weighted_mean
+from blip_core.intervals import (
+    Metric,
+    Statistic,
+    auc_metric,
+    measured,
+    precision_metric,
+    weighted_mean,
+)
 from blip_core.med import MED
 from blip_core.pairs import EncodedPairs, match_logits
 from blip_core.tokenizer import MEDTokenizer
@@ -84,35 +92,87 @@ def rerank(
     return by_image, by_text
 
 
-def evaluate_retrieval(
-    model: MED, tokenizer: MEDTokenizer, pairs: EncodedPairs, *, rerank_k: int = 0
-) -> list[Metric]:
-    """Return recalls at 1, 5, 10 in both directions and their mean; `rerank_k` 0 ranks by cosine alone.
+@dataclass(frozen=True, slots=True)
+class RetrievalRanks:
+    """Where each query found what belongs to it: what every recall, and every comparison of two, is made of."""
 
-    Intervals are over images: a text is drawn with its image.
-    """
+    image_ranks: np.ndarray
+    """(I,) int64, 0-based: the best own text of each image; `NEVER` without one."""
+    text_ranks: np.ndarray
+    """(T,) int64, 0-based: the image of each text."""
+    text_image_index: np.ndarray
+    """(T,) int64: whose each text is."""
+
+
+def rank_pairs(
+    model: MED, tokenizer: MEDTokenizer, pairs: EncodedPairs, *, rerank_k: int = 0
+) -> RetrievalRanks:
+    """Return the ranks of `pairs` in both directions; `rerank_k` 0 ranks by cosine alone."""
     sim = pairs.image_features @ pairs.text_features.T
     by_image, by_text = sim, sim
     if rerank_k:
         by_image, by_text = rerank(model, tokenizer, pairs, sim, rerank_k)
     image_ranks, _ = retrieval_ranks(by_image, pairs.text_image_index)
     _, text_ranks = retrieval_ranks(by_text, pairs.text_image_index)
-    num_images, of_text = len(image_ranks), pairs.text_image_index.numpy()
-    metrics, recalls = [], []
-    for name, ranks, images in (
-        ("i2t", image_ranks, np.arange(num_images)),
-        ("t2i", text_ranks, of_text),
-    ):
-        for k in RECALL_AT:
-            recall = weighted_mean((ranks < k).double().numpy(), images, num_images)
-            metrics.append(measured(f"{name}_r{k}", recall, num_images, n=len(ranks)))
-            recalls.append(recall)
+    return RetrievalRanks(image_ranks.numpy(), text_ranks.numpy(), pairs.text_image_index.numpy())
+
+
+def evaluate_retrieval(
+    model: MED, tokenizer: MEDTokenizer, pairs: EncodedPairs, *, rerank_k: int = 0
+) -> list[Metric]:
+    """Return `recall_metrics` of a model on `pairs`; `rerank_k` 0 ranks by cosine alone."""
+    return recall_metrics(rank_pairs(model, tokenizer, pairs, rerank_k=rerank_k))
+
+
+def recall_metrics(ranks: RetrievalRanks) -> list[Metric]:
+    """Return recalls at 1, 5, 10 in both directions and their mean.
+
+    Intervals are over images: a text is drawn with its image.
+    """
+    num_images = len(ranks.image_ranks)
+    recalls = list(_recalls(ranks))
+    metrics = [measured(name, recall, num_images, n=n) for name, recall, n in recalls]
 
     def mean_recall(weights: np.ndarray) -> np.ndarray:
-        mean: np.ndarray = np.mean([recall(weights) for recall in recalls], axis=0)
+        mean: np.ndarray = np.mean([recall(weights) for _, recall, _ in recalls], axis=0)
         return mean
 
     return [*metrics, measured("mean_recall", mean_recall, num_images)]
+
+
+def mean_recall_gain(before: RetrievalRanks, after: RetrievalRanks) -> Metric:
+    """Return by how much the mean recall of `after` is above that of `before`, with its paired interval.
+
+    Every resample draws the same images for both, so that what makes an image easy or hard for any model
+    cancels out: the interval is that of the difference, narrower than two intervals beside each other tell.
+
+    Raises ConfigError when the two are not ranks of the same pairs.
+    """
+    require(
+        np.array_equal(before.text_image_index, after.text_image_index)
+        and len(before.image_ranks) == len(after.image_ranks),
+        f"ranks of other pairs: {len(before.image_ranks)} images and {len(before.text_ranks)} texts "
+        f"against {len(after.image_ranks)} and {len(after.text_ranks)}; evaluate both models on the same",
+    )
+    pairs = [(b, a) for (_, b, _), (_, a, _) in zip(_recalls(before), _recalls(after), strict=True)]
+
+    def gain(weights: np.ndarray) -> np.ndarray:
+        mean: np.ndarray = np.mean([a(weights) - b(weights) for b, a in pairs], axis=0)
+        return mean
+
+    return measured("mean_recall_gain", gain, len(before.image_ranks))
+
+
+def _recalls(ranks: RetrievalRanks) -> Iterator[tuple[str, Statistic, int]]:
+    """Name, statistic and number of queries of each recall."""
+    num_images = len(ranks.image_ranks)
+    for name, of_query, images in (
+        ("i2t", ranks.image_ranks, np.arange(num_images)),
+        ("t2i", ranks.text_ranks, ranks.text_image_index),
+    ):
+        for k in RECALL_AT:
+            found = (of_query < k).astype(np.float64)
+            yield f"{name}_r{k}", weighted_mean(found, images, num_images), len(of_query)
 
 
 def evaluate_itm(

@@ -7,7 +7,7 @@ Dimension key: I images, N texts or pairs, R resamples.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,6 +29,9 @@ class Metric:
     """Images, texts or pairs that the figure is a mean over."""
     low: float | None = None
     high: float | None = None
+    resamples: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """(R,) The figure on each resample, NaN where it is not defined. Resample r of every figure over equally many
+    images draws the same images, so that figures of two models can be compared resample by resample."""
 
 
 def measured(
@@ -42,8 +45,9 @@ def measured(
 ) -> Metric:
     """Return a figure (`statistic` of equal weights) with its interval; `n` defaults to `num_images`."""
     value = float(statistic(np.ones((1, num_images)))[0])
-    low, high = interval(statistic, num_images, num_resamples=num_resamples, seed=seed)
-    return Metric(name, value, num_images if n is None else n, low, high)
+    drawn = resampled(statistic, num_images, num_resamples=num_resamples, seed=seed)
+    low, high = percentiles(drawn)
+    return Metric(name, value, num_images if n is None else n, low, high, drawn)
 
 
 def interval(
@@ -53,8 +57,19 @@ def interval(
 
     A resample for which the figure is not defined (no drawn image has a text) is left out.
     """
+    return percentiles(resampled(statistic, num_images, num_resamples=num_resamples, seed=seed))
+
+
+def resampled(
+    statistic: Statistic, num_images: int, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> np.ndarray:
+    """Return `statistic` of every resample of the images, (R,)."""
     blocks = image_weights(num_images, num_resamples=num_resamples, seed=seed)
-    drawn = np.concatenate([statistic(weights) for weights in blocks])
+    return np.concatenate([statistic(weights) for weights in blocks])
+
+
+def percentiles(drawn: np.ndarray) -> tuple[float, float]:
+    """Return the 2.5 and 97.5 % points of resampled figures (R,); what is not finite is left out."""
     low, high = np.percentile(drawn[np.isfinite(drawn)], [2.5, 97.5])
     return float(low), float(high)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.context import FlowRunContext
 
+from flows.comparison.table import Comparison
+from flows.comparison.words import markdown
 from flows.session import Run
 from storage import connect, registry, rounds
 
@@ -59,6 +61,16 @@ def round_summary(run: Run, report_path: str) -> None:
     )
     address = local.as_uri() if local else place
     create_link_artifact(link=address, key=f"report-round-{run.round}", link_text="report")
+
+
+def comparison_table(run: Run, comparison: Comparison) -> None:
+    """A comparison of policies as a markdown artifact."""
+    if FlowRunContext.get() is not None:
+        create_markdown_artifact(
+            markdown=markdown(comparison),
+            key=f"compare-round-{run.round}",
+            description=f"Round {run.round}: policies compared at {comparison.steps} steps",
+        )
 
 
 def note(text: str, run: Run) -> None:

@@ -83,7 +83,8 @@ def finish_round(run: Run, verdict: Verdict, champion_id: str) -> None:
         run.lake,
         dataclasses.replace(
             record,
-            status="promoted" if verdict.promoted else "refused",
+            status=verdict.status,
+            decided_by="gate",
             champion_after=champion_id,
             why=verdict.why,
             finished_at=datetime.now(UTC),
@@ -96,6 +97,11 @@ def reopen_round(run: Run) -> None:
     record = rounds.read_round(run.lake, run.round)
     if record is not None and record.status != "running":
         reopened = dataclasses.replace(
-            record, status="running", champion_after=None, why=None, finished_at=None
+            record,
+            status="running",
+            champion_after=None,
+            why=None,
+            finished_at=None,
+            decided_by=None,
         )
         rounds.write_round(run.lake, reopened)

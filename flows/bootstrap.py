@@ -9,7 +9,7 @@ from __future__ import annotations
 from prefect import flow
 
 from flows import artifacts, stages
-from flows.outcome import RoundOutcome, nothing_new, outcome
+from flows.outcome import RoundOutcome, note_origin, nothing_new, outcome
 from flows.session import open_run
 from flows.settings import BootstrapSettings
 from flows.steps.ingest import require_sets
@@ -28,6 +28,8 @@ def bootstrap(settings: BootstrapSettings) -> RoundOutcome:
         if (idle := nothing_new(run)) is not None:
             artifacts.note(idle.why, run)
             return idle
+        if (origin := note_origin(run)) is not None:
+            artifacts.note(origin, run)
         if run.round == 1:
             stages.pretrain(settings)
         if settings.caption.captioner == "own":

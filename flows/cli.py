@@ -11,7 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flows import decide_command, exports
+from flows import (
+    compare_command,
+    decide_command,
+    exports,
+    round_commands,
+    sql_command,
+    sweep_command,
+    why_command,
+)
 from flows.environment import prepare
 
 if TYPE_CHECKING:
@@ -76,12 +84,11 @@ def parser() -> argparse.ArgumentParser:
             decide_command.add_options(stage)
     _model_commands(commands)
     exports.register(commands)
-    sql = _command(commands, "sql", "ask the lake; without a query, a prompt", _sql)
-    sql.add_argument("query", nargs="?", help="one SELECT statement")
-    sql.add_argument("--lake", help="lake to read; else BOOTSTRAP_LAKE, else the last used here")
-    sql.add_argument("--format", choices=("table", "csv", "json"), default="table")
-    rounds = _command(commands, "rounds", "the rounds of a lake with their verdicts", _rounds)
-    rounds.add_argument("--lake", help="lake to read")
+    sweep_command.register(commands, _command)
+    why_command.register(commands, _command)
+    sql_command.register(commands, _command)
+    round_commands.register(commands, _command)
+    compare_command.register(commands, _command, _settings_options)
     repair = _command(
         commands, "repair", "check every committed file, drop what is damaged", _repair
     )
@@ -170,7 +177,7 @@ def _cycle(settings: BootstrapSettings) -> int:
     from flows.bootstrap import bootstrap
     from flows.terminal import console
 
-    with _bars():
+    with bars():
         result = bootstrap(settings)
     console.print(f"round {result.round}: {result.status}. {result.why}", highlight=False)
     console.print(f"lake:   {result.lake}", highlight=False)
@@ -182,7 +189,7 @@ def _quickstart(options: argparse.Namespace) -> int:
     from flows.quickstart.tour import show
 
     settings = settings_from(options)
-    with _bars():
+    with bars():
         result = bootstrap(settings)
     show(settings, result)
     return 0
@@ -196,10 +203,28 @@ def _stage(options: argparse.Namespace) -> int:
 
     settings = settings_from(options)
     stage = getattr(stages, options.name.replace("-", "_"))
-    with _bars():
+    with bars():
         result = stage(settings)
     console.print(str(result), highlight=False)
+    if options.name == "audit":
+        _show_audit(settings, result.round)
     return 0
+
+
+def _show_audit(settings: BootstrapSettings, round: int) -> None:
+    from flows.audit.show import audit_figures, audit_table
+    from flows.steps.canaries import too_few
+    from flows.terminal import console
+    from storage import Lake, connect
+
+    lake = Lake.open(settings.machine.lake, read_only=True)
+    with connect(lake) as connection:
+        figures = audit_figures(connection, round)
+        drawn = connection.execute("SELECT count(*) FROM canary_draws WHERE is_canary").fetchall()
+    console.print(audit_table(figures))
+    least = settings.audit.min_canary_images
+    if settings.audit.canary_share and drawn[0][0] < least:
+        console.print(too_few(lake.uri, drawn[0][0], least), highlight=False)
 
 
 def _finetune(options: argparse.Namespace) -> int:
@@ -222,40 +247,14 @@ def _finetune(options: argparse.Namespace) -> int:
     return 0
 
 
-def _bars() -> Any:
+def bars() -> Any:
+    """Progress of the stages on the terminal, for the length of a `with`."""
     from flows.progress import add_sink
     from flows.terminal import StageBars
 
     bars = StageBars()
     add_sink(bars)
     return bars
-
-
-def _sql(options: argparse.Namespace) -> int:
-    from flows.sqlprompt import prompt
-    from flows.terminal import print_rows, rows_of
-    from storage import Lake, query
-
-    lake = Lake.open(find_lake(options.lake), read_only=True)
-    if options.query is None:
-        return prompt(lake)
-    result = query(lake, options.query)
-    print_rows(result.column_names, rows_of(result), options.format)
-    return 0
-
-
-def _rounds(options: argparse.Namespace) -> int:
-    from flows.terminal import print_rows, rows_of
-    from storage import Lake, query
-
-    lake = Lake.open(find_lake(options.lake), read_only=True)
-    result = query(
-        lake,
-        "SELECT round, status, why, champion_before, champion_after, started_at, finished_at "
-        "FROM rounds ORDER BY round",
-    )
-    print_rows(result.column_names, rows_of(result), "table")
-    return 0
 
 
 def _repair(options: argparse.Namespace) -> int:

@@ -1,7 +1,8 @@
 """Models that were not trained here, as captioner or scorer of a round: blip:PATH, hf:PATH, clip:PATH, open_clip:PATH.
 
 PATH is a folder or a name on the Hugging Face hub, or for `blip` a `.pth` of its authors. Such a model has a row in
-`models` and an id from its weights; its files stay where they are.
+`models` and an id from its weights; its files stay where they are. python:FILE.py:FACTORY is a captioner of the user's
+own making (`flows/plugins.py`), whose id is a hash of that file.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from blip_core import (
     Scorer,
 )
 from blip_core.foreign import foreign_model_id, is_pth, processing_id, read_config
+from flows import plugins
 from flows.errors import SettingsError
 from flows.session import Run
 from flows.settings import BootstrapSettings
@@ -50,6 +52,8 @@ def registered(run: Run, role: Role, reference: str) -> ModelRef:
     Raises CheckpointError when there is no such model.
     """
     kind, where = split(reference)
+    if kind == plugins.KIND:
+        return _registered_plugin(run, role, reference, where)
     config: dict[str, Any] = {"reference": reference, "processing_id": _processing_id(where)}
     if kind in ("hf", "clip"):
         config["model_type"] = read_config(where)["model_type"]
@@ -60,6 +64,17 @@ def registered(run: Run, role: Role, reference: str) -> ModelRef:
         round=run.round,
         reference=reference,
         config=config,
+    )
+
+
+def _registered_plugin(run: Run, role: Role, reference: str, where: str) -> ModelRef:
+    return registry.register_foreign(
+        run.lake,
+        plugins.plugin_id(where),
+        role=role,
+        round=run.round,
+        reference=reference,
+        config={"reference": reference},
     )
 
 
@@ -82,9 +97,14 @@ def load_blip(where: str, settings: BootstrapSettings) -> LoadedModel:
 
 
 def captioner(run: Run, ref: ModelRef, config: CaptionConfig) -> Captioner:
-    """What writes captions with an image-to-text model of transformers. Raises CheckpointError, ConfigError."""
+    """What writes captions: an image-to-text model of transformers, or the user's own.
+
+    Raises CheckpointError, ConfigError, SettingsError.
+    """
     settings = run.settings.caption
-    _, where = split(ref.path)
+    kind, where = split(ref.path)
+    if kind == plugins.KIND:
+        return plugins.plugin_captioner(where, config, run.device)
     return ForeignCaptioner(
         where,
         config,
@@ -108,8 +128,8 @@ def basis_fields(ref: ModelRef) -> dict[str, str]:
 
     Not where it lies: a folder that is moved makes the same captions.
     """
-    if not ref.is_foreign:
-        return {}
+    if not ref.is_foreign or split(ref.path)[0] == plugins.KIND:
+        return {}  # A plug-in's id covers all that is known of it.
     return {ref.role.removeprefix("foreign_"): _processing_id(split(ref.path)[1])}
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 
 from flows import models
 from flows.session import Run
 from flows.steps.shards import web_parts
-from storage import drop_part, layout, list_parts, rounds
+from storage import connect, drop_part, layout, list_parts, rounds
+from storage.fingerprint import explain
+from storage.rounds import RoundRecord
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +23,7 @@ class RoundOutcome:
     lake: str
     round: int
     status: str
-    """promoted, refused, or `nothing new` when there was no reason to run the round."""
+    """promoted, refused, needs a person, or `nothing new` when there was no reason to run the round."""
     why: str
     champion_id: str | None
 
@@ -55,8 +58,8 @@ def nothing_new(run: Run) -> RoundOutcome | None:
     if not same_champion or new_web or record.settings != before.settings:
         return None
     why = (
-        f"nothing new since round {before.round}: it left the same champion "
-        f"({(record.champion_before or '')[:8]}), there are no new web pairs and the settings are "
+        f"nothing new since round {before.round}: {_ended(before)}, so that the champion is the same "
+        f"({started_from.model_id[:8]}), there are no new web pairs and the settings are "
         "the same; add URLs, or change a setting, to make another round worth running"
     )
     _forget_round(run)
@@ -68,6 +71,40 @@ def nothing_new(run: Run) -> RoundOutcome | None:
         why=why,
         champion_id=record.champion_before,
     )
+
+
+def note_origin(run: Run) -> str | None:
+    """Write down what a later round starts from and why, once its URLs are in; None in round 1."""
+    record = rounds.read_round(run.lake, run.round)
+    before = rounds.read_round(run.lake, run.round - 1) if run.round > 1 else None
+    if record is None or before is None:
+        return None
+    if record.origin is None:
+        start = models.starting_model_of(run.lake, record)
+        with connect(run.lake) as connection:
+            fresh = connection.execute(
+                "SELECT count(*) FROM pairs WHERE pool = 'web' AND status = 'ok' AND shard >= ?",
+                [layout.web_shards(run.round)],
+            ).fetchall()[0][0]
+        changed = explain(before.settings, record.settings)
+        origin = (
+            f"starts from {start.model_id[:8]} of round {start.round}: {_ended(before)}; new web images: "
+            f"{fresh}; settings: {'; '.join(changed) or 'as before'}"
+        )
+        record = dataclasses.replace(record, origin=origin)
+        rounds.write_round(run.lake, record)
+        logger.info("round %d %s", run.round, origin)
+    return record.origin
+
+
+def _ended(record: RoundRecord) -> str:
+    """How the round before ended, and what that means for the next one."""
+    number = record.round
+    return {
+        "promoted": f"round {number} was promoted",
+        "needs a person": f"round {number} waits for a person (`bootstrap promote {number} "
+        '--because "..."` takes it)',
+    }.get(record.status, f"round {number} was {record.status}")
 
 
 def _forget_round(run: Run) -> None:

@@ -224,9 +224,10 @@ class CaptionSettings(Section):
     """Captions written for each image."""
     batch_size: BatchSetting = 64
     """Images in a batch; `auto` measures what is fastest."""
-    captioner: str = Field(default="own", pattern=r"^(own$|hf:.|blip:.)")
+    captioner: str = Field(default="own", pattern=r"^(own$|hf:.|blip:.|python:.)")
     """`own` is finetuned here; blip:PATH is a BLIP trained elsewhere, hf:PATH any image-to-text model of
-    transformers; PATH is a folder or a hub name, for blip also a .pth."""
+    transformers; PATH is a folder or a hub name, for blip also a .pth. python:FILE.py:FUNCTION makes one of
+    your own."""
     captioner_image_size_px: int | None = Field(default=None, ge=16)
     """Side that pictures get for a captioner of transformers; as its processor has it when not given."""
     dtype: InferenceType = "float32"
@@ -292,13 +293,6 @@ class EvaluateSettings(Section):
     """Beams, when decoding is beam."""
     max_new_tokens: int = Field(default=20, ge=1)
     """Most tokens of an evaluated caption."""
-
-
-class GateSettings(Section):
-    """When a challenger becomes the champion."""
-
-    max_recall_drop: float = Field(default=0.0, ge=0, le=1)
-    """How far the challenger's mean recall may lie below the champion's."""
 
 
 class ReportSettings(Section):

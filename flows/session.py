@@ -15,13 +15,17 @@ import torch
 
 from flows.errors import MissingInput, SettingsError
 from flows.settings import BootstrapSettings
-from storage import Lake, layout, registry, rounds
+from storage import Lake, by_hand, layout, registry, rounds
+from storage.fingerprint import explain
 from storage.tables import OnStale
 
 logger = logging.getLogger(__name__)
 
 LAST_LAKE = Path(".bootstrap") / "last_lake"
 """Where the commands of a folder remember the lake that was used last."""
+
+OF_THE_TEXTS = ("world", "caption", "score")
+"""Sections of the settings that a round's texts and their scores come from."""
 
 _open_runs: dict[str, Run] = {}
 
@@ -78,16 +82,10 @@ def open_run(settings: BootstrapSettings, *, purpose: str) -> Iterator[Run]:
     if held is not None:
         yield held
         return
-    _show_log_lines()
-    choose_device(settings.machine.device)
-    if settings.machine.num_threads:
-        torch.set_num_threads(settings.machine.num_threads)
-    scratch = settings.machine.scratch
-    lake = Lake.open(
-        uri, create=True, scratch_root=Path(scratch).expanduser().resolve() if scratch else None
-    )
+    lake = _opened(settings, create=True)
     with lake.lock(purpose):
         remember_lake(uri)
+        by_hand.settle(lake)
         number = choose_round(lake, settings, purpose)
         champion = registry.champion(lake) if number > 1 else None
         rounds.begin_round(
@@ -103,6 +101,54 @@ def open_run(settings: BootstrapSettings, *, purpose: str) -> Iterator[Run]:
             yield run
         finally:
             del _open_runs[uri]
+
+
+@contextmanager
+def open_beside(
+    settings: BootstrapSettings, *, purpose: str, round: int | None = None
+) -> Iterator[Run]:
+    """A session beside the rounds: it reads what a round made and adds to it, and takes no part in it.
+
+    Without a round it is the latest. Training and evaluation may be set otherwise than the round's; what its texts
+    were made by may not.
+
+    Raises:
+        LakeBusy: another process works on the lake; names it.
+        MissingInput: the lake has no such round.
+        SettingsError: the settings are those of other texts.
+    """
+    lake = _opened(settings, create=False)
+    with lake.lock(purpose):
+        remember_lake(settings.machine.lake)
+        known = [record.round for record in rounds.list_rounds(lake)]
+        number = max(known, default=0) if round is None else round
+        if number not in known:
+            there = f"there is {', '.join(map(str, known))}" if known else "it has none"
+            raise MissingInput(
+                f"lake {settings.machine.lake} has no round {number or 1} ({there}); run `bootstrap run` or "
+                "`bootstrap next-round` first"
+            )
+        began, now = rounds.settings_of(lake, number) or {}, settings.as_basis()
+        texts = [{name: each.get(name) for name in OF_THE_TEXTS} for each in (began, now)]
+        if differs := explain(*texts):
+            raise SettingsError(
+                f"round {number} of {settings.machine.lake} was made with other settings: {'; '.join(differs)}; "
+                "give --config and --set as they were"
+            )
+        yield Run(lake, settings, number)
+
+
+def _opened(settings: BootstrapSettings, *, create: bool) -> Lake:
+    _show_log_lines()
+    choose_device(settings.machine.device)
+    if settings.machine.num_threads:
+        torch.set_num_threads(settings.machine.num_threads)
+    scratch = settings.machine.scratch
+    return Lake.open(
+        settings.machine.lake,
+        create=create,
+        scratch_root=Path(scratch).expanduser().resolve() if scratch else None,
+    )
 
 
 def _show_log_lines() -> None:

@@ -17,13 +17,14 @@ import yaml
 from pydantic import ValidationError, model_validator
 
 from flows.audit_section import AuditSettings
+from flows.compare_section import CompareSettings
 from flows.errors import SettingsError
+from flows.gate_section import GateSettings, gate_basis
 from flows.sections import (
     CaptionSettings,
     CurateSettings,
     DecideSettings,
     EvaluateSettings,
-    GateSettings,
     IngestSettings,
     MachineSettings,
     ModelSettings,
@@ -38,7 +39,7 @@ from storage.policy_file import explain_absent, read_policy
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 PRESET_FOLDER_VARIABLE = "BOOTSTRAP_CONFIGS"
 LAKE_VARIABLE = "BOOTSTRAP_LAKE"
-NOT_IN_FINGERPRINTS = ("preset", "cycle", "machine", "curate", "audit", "report")
+NOT_IN_FINGERPRINTS = ("preset", "cycle", "machine", "curate", "audit", "compare", "report")
 """Sections that change how or where a run happens, not what it makes."""
 INGEST_NOT_IN_FINGERPRINTS = (
     "http_proxy",
@@ -126,6 +127,8 @@ class BootstrapSettings(Section):
     """What is measured."""
     gate: GateSettings = GateSettings()
     """When a challenger is promoted."""
+    compare: CompareSettings = CompareSettings()
+    """Which policies `bootstrap compare` trains models for."""
     report: ReportSettings = ReportSettings()
     """What the report shows."""
 
@@ -181,6 +184,7 @@ class BootstrapSettings(Section):
             dumped["evaluate"].pop(name)
         dumped["decide"] = decide_basis(self.decide)
         dumped["model"] = model_basis(self.model)
+        dumped["gate"] = gate_basis(self.gate)
         for name in ("pretrain", "captioner", "filter", "retrain"):
             section = getattr(self, name)
             dumped[name] = None if section is None else train_basis(section)

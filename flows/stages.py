@@ -12,14 +12,16 @@ from prefect import flow
 
 from flows import artifacts, models, tasks
 from flows.book import finish_round, reopen_round, timed
+from flows.comparison.table import Comparison, compared
 from flows.errors import MissingInput
 from flows.progress import StageProgress
 from flows.quickstart.truth import measure_truth
 from flows.refs import StageResult
-from flows.session import Run, open_run
+from flows.session import Run, open_beside, open_run
 from flows.settings import BootstrapSettings
 from flows.steps import plans
-from flows.steps.gate import Verdict, judge
+from flows.steps.collapse import measure_captions
+from flows.steps.gate import Verdict, judge, write_findings
 from flows.steps.ingest import drawn_world
 from flows.steps.plan import TrainPlan
 from storage import ModelRef, PartRef, registry, rounds, write_catalog
@@ -155,12 +157,13 @@ def evaluate(settings: BootstrapSettings) -> StageResult:
                 if run.settings.world is not None and ref in whole:
                     parts.append(measure_truth(run, ref, drawn_world(run)))
                 progress(done + 1, len(wanted), ref.model_id[:8])
+        parts += measure_captions(run)
         return _result(run, "evaluate", parts)
 
 
 @flow(name="gate")
 def gate(settings: BootstrapSettings) -> Verdict:
-    """Promote the round's model to champion, or refuse it; either way with the reason.
+    """Promote the round's model to champion, refuse it, or ask a person; always with the reason.
 
     A round that has its verdict keeps it.
     """
@@ -169,12 +172,41 @@ def gate(settings: BootstrapSettings) -> Verdict:
         verdict = judge(run, champion, challenger)
         record = rounds.read_round(run.lake, run.round)
         if record is None or record.status == "running":
+            write_findings(run, verdict)
             latest = rounds.latest_round(run.lake)
             if verdict.promoted and latest is not None and latest.round == run.round:
                 registry.promote(run.lake, challenger.model_id, run.round, verdict.why)
             finish_round(run, verdict, (challenger if verdict.promoted else champion).model_id)
-        logger.info("round %d: %s", run.round, verdict.why)
+        logger.info("round %d: %s: %s", run.round, verdict.status, verdict.why)
         return verdict
+
+
+@flow(name="compare")
+def compare(settings: BootstrapSettings) -> Comparison:
+    """New models of several policies on one round's texts, measured alike: did filtering and captioning pay?
+
+    No round takes part in it: it changes no verdict, no champion and no view of a round.
+    """
+    wanted = settings.compare.round
+    with open_beside(settings, purpose="compare", round=wanted) as run:
+        arms = tasks.plan_arms_task(run)
+        for number, arm in enumerate(arms):
+            stage = f"{arm.texts.policy} {arm.seed}"
+            with StageProgress(
+                stage, f"Arm {number + 1} of {len(arms)}: steps", run.round
+            ) as progress:
+                tasks.run_arm_task(run, arm, progress)
+        comparison = compared(
+            run.lake,
+            run.round,
+            steps=arms[0].steps,
+            generations=list(dict.fromkeys(arm.texts.generation for arm in arms)),
+            seeds={arm.seed for arm in arms},
+        )
+        assert comparison is not None, f"{len(arms)} arms left no figure"
+        write_catalog(run.lake)
+        artifacts.comparison_table(run, comparison)
+        return comparison
 
 
 @flow(name="report")

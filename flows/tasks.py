@@ -16,6 +16,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 
 from flows.steps import (
+    arms,
     audit,
     canaries,
     curate_shards,
@@ -65,4 +66,6 @@ score_canaries_task = pipeline_task(canaries.score_canaries, "score-canaries", "
 judge_sample_task = pipeline_task(judge.judge_sample, "judge-sample", "device")
 audit_round_task = pipeline_task(audit.audit_round, "audit")
 evaluate_model_task = pipeline_task(evaluate.evaluate_model, "evaluate-model", "device")
+plan_arms_task = pipeline_task(arms.plan_arms, "plan-arms")
+run_arm_task = pipeline_task(arms.run_arm, "run-arm", "device")
 write_report_task = pipeline_task(write_report.write_report, "report")

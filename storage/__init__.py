@@ -4,7 +4,8 @@ Nothing here knows of torch or of Prefect. Start with `lake.Lake`, then `tables`
 committed), `intake` (how pairs come in) and `catalog` (how they are read with SQL).
 """
 
-from storage import layout, registry, rounds
+from storage import by_hand, layout, registry, rounds
+from storage.carry import carried_model, carried_part
 from storage.catalog import connect, query, write_catalog
 from storage.errors import (
     ConfigError,
@@ -75,7 +76,10 @@ __all__ = [
     "UrlListConfig",
     "basis_of",
     "build_trainset",
+    "by_hand",
     "caption_id",
+    "carried_model",
+    "carried_part",
     "commit_part",
     "committed_part",
     "connect",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -18,10 +18,21 @@ from storage.errors import ConfigError, CorruptData
 from storage.fingerprint import basis_of, canonical
 from storage.ids import ID_LENGTH
 from storage.lake import Lake
-from storage.tables import commit_part, committed_part, file_sha256, list_parts, read_part
+from storage.tables import (
+    commit_part,
+    committed_part,
+    drop_part,
+    file_sha256,
+    list_parts,
+    read_part,
+)
 
 WEIGHTS = "model.safetensors"
-ROLES = ("med", "captioner", "filter")
+ARM = "arm"
+"""A model of a comparison of policies: a MED that no round starts from and that is never champion."""
+ROLES = ("med", "captioner", "filter", ARM)
+Action = Literal["gate", "promote", "rollback"]
+"""Who changed the champion: a round's gate, or a person."""
 FOREIGN_ROLES = ("foreign_captioner", "foreign_scorer")
 """Models that were not trained here: their weights stay where they are, and `path` is a reference."""
 
@@ -73,7 +84,7 @@ def register(
         "config": canonical(config),
     }
     _upload(lake, local_folder, model_id, record)
-    return _record(lake, record)
+    return record_model(lake, record)
 
 
 def register_foreign(
@@ -95,10 +106,10 @@ def register_foreign(
         "config": canonical(config),
     }
     _write_lineage(lake, model_id, record)
-    return _record(lake, record)
+    return record_model(lake, record)
 
 
-def _record(lake: Lake, record: Mapping[str, Any]) -> ModelRef:
+def record_model(lake: Lake, record: Mapping[str, Any]) -> ModelRef:
     """Commit a model's row, unless it is the newest of its role and round already."""
     model_id, role, round = record["model_id"], record["role"], record["round"]
     name = f"{role}-{model_id}"
@@ -112,7 +123,10 @@ def _record(lake: Lake, record: Mapping[str, Any]) -> ModelRef:
 
 
 def resolve(lake: Lake, model_id: str) -> ModelRef:
-    """The model of that id, or of an unambiguous beginning of at least 6 digits."""
+    """The model of that id, or of an unambiguous beginning of at least 6 digits.
+
+    One that a round made and an arm of a comparison made again is the round's.
+    """
     rows = [r for r in list_models(lake) if r.model_id.startswith(model_id)]
     known = {r.model_id for r in rows}
     if len(known) != 1 or len(model_id) < 6:
@@ -120,7 +134,7 @@ def resolve(lake: Lake, model_id: str) -> ModelRef:
         raise ConfigError(
             f"model {model_id!r} in {lake.uri}: {found}; SELECT model_id, role, round FROM models"
         )
-    return rows[0]
+    return min(rows, key=lambda ref: ref.role == ARM)
 
 
 def find(lake: Lake, role: str, round: int) -> ModelRef | None:
@@ -172,16 +186,44 @@ def local_folder(lake: Lake, ref: ModelRef) -> Path:
     return folder
 
 
+def forget_arm(lake: Lake, ref: ModelRef) -> bool:
+    """Remove the weights of an arm whose figures are known; False where a round has the same model, which stays.
+
+    Its row in `arms` stays, and says what it was trained on.
+    """
+    if ref.role != ARM:
+        raise ConfigError(f"model {ref.model_id} is a {ref.role}, not an arm of a comparison")
+    rows = [part for part in list_parts(lake, "models") if part.name.endswith(ref.model_id)]
+    for part in rows:
+        if part.name.startswith(f"{ARM}-"):
+            drop_part(lake, part)
+    if any(not part.name.startswith(f"{ARM}-") for part in rows):
+        return False
+    lake.root.remove(ref.path)
+    return True
+
+
+def arm_path(model_id: str) -> str:
+    """Where an arm's model lies, or lay before it was removed."""
+    return layout.model_dir(model_id)
+
+
 def lineage_of(lake: Lake, model_id: str) -> dict[str, Any]:
     """Where a model comes from: parent, round, training set, configuration."""
     record: dict[str, Any] = json.loads(lake.root.read_bytes(layout.lineage(model_id)))
     return record
 
 
-def last_promotion(lake: Lake) -> dict[str, Any] | None:
-    """The last entry of the champion's history: model_id, round, why."""
+def promotions(lake: Lake) -> list[dict[str, Any]]:
+    """The champion's history, the oldest first: model_id, round, why; action and at where it is known."""
     state = _champion_state(lake)
-    return dict(state["history"][-1]) if state else None
+    return [dict(entry) for entry in state["history"]] if state else []
+
+
+def last_promotion(lake: Lake) -> dict[str, Any] | None:
+    """The last entry of the champion's history."""
+    history = promotions(lake)
+    return history[-1] if history else None
 
 
 def champion(lake: Lake) -> ModelRef | None:
@@ -199,15 +241,27 @@ def champion(lake: Lake) -> ModelRef | None:
     return next((r for r in models if r.role == "med"), models[0])
 
 
-def promote(lake: Lake, model_id: str, round: int, why: str) -> ModelRef:
-    """Make a registered model the champion; promoting it twice in a round changes nothing."""
+def promote(
+    lake: Lake, model_id: str, round: int, why: str, *, action: Action = "gate"
+) -> ModelRef:
+    """Make a registered model the champion; promoting it twice in a row for a round changes nothing.
+
+    The history is only added to. `action` says who: a round's gate, or a person (`storage.by_hand`).
+    """
     if not re.fullmatch(f"[0-9a-f]{{{ID_LENGTH}}}", model_id):
         raise ConfigError(f"model id {model_id!r} is not {ID_LENGTH} hex digits")
     ref = resolve(lake, model_id)
-    state = _champion_state(lake) or {"history": []}
-    history = [h for h in state["history"] if h["round"] != round]
-    entry = {"model_id": model_id, "round": round, "why": why}
-    if state["history"][-1:] != [entry]:
+    if ref.role == ARM:
+        raise ConfigError(
+            f"model {model_id} of {lake.uri} is an arm of a comparison and never champion; to have a round "
+            "with its policy, name it in decide.policy and run `bootstrap next-round`"
+        )
+    history = promotions(lake)
+    entry = {"model_id": model_id, "round": round, "why": why, "action": action}
+    last = history[-1] if history else {}
+    same = ("model_id", "round", "why")
+    if [last.get(name) for name in same] != [entry[name] for name in same]:
+        entry["at"] = datetime.now(UTC).isoformat(timespec="seconds")
         data = json.dumps({"history": [*history, entry]}, indent=2)
         lake.root.write_bytes(layout.CHAMPION, data.encode())
     return ref

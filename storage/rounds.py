@@ -12,9 +12,10 @@ from storage import layout
 from storage.errors import CorruptData, SettingsChanged
 from storage.fingerprint import basis_of, canonical, explain
 from storage.lake import Lake
-from storage.tables import commit_part, committed_part, list_parts
+from storage.tables import commit_part, committed_part, list_parts, read_part
 
-RoundStatus = Literal["running", "promoted", "refused", "failed"]
+RoundStatus = Literal["running", "promoted", "refused", "needs a person", "rolled back", "failed"]
+"""`running` is unfinished; `rolled back` was champion until somebody went back to an earlier one."""
 
 _MAPPINGS = ("settings", "counts", "seconds", "device_seconds", "speed")
 
@@ -40,6 +41,10 @@ class RoundRecord:
     device_seconds: Mapping[str, float] = field(default_factory=dict)
     speed: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """By training: images_per_s, memory_gib and, where the device's peak is known, mfu."""
+    decided_by: Literal["gate", "hand"] | None = None
+    """Who gave the status that it ended with; null while running and in records of older versions."""
+    origin: str | None = None
+    """What a later round started from and what was new then, in words."""
 
     def __post_init__(self) -> None:
         """Rounds count from 1."""
@@ -88,8 +93,7 @@ def begin_round(
             champion_before=champion_before,
             started_at=datetime.now(UTC),
         )
-    # Killed between record and part, the part is missing.
-    if began is None or committed_part(lake, "rounds", PART, round=round) is None:
+    if began is None or not in_table(lake, record):
         write_round(lake, record)
     return record
 
@@ -115,6 +119,16 @@ def write_round(lake: Lake, record: RoundRecord) -> None:
     basis = basis_of("round", 1, {"round": record.round}, [])
     rows = pa.Table.from_pylist([row])
     commit_part(lake, "rounds", PART, rows, round=record.round, basis=basis)
+
+
+def in_table(lake: Lake, record: RoundRecord) -> bool:
+    """Whether the rounds table says what the record says; killed between the two, it does not."""
+    ref = committed_part(lake, "rounds", PART, round=record.round)
+    if ref is None:
+        return False
+    found = read_part(lake, ref).to_pylist()[0]
+    row = _packed(record)
+    return {name: found.get(name) for name in row} == row
 
 
 def read_round(lake: Lake, round: int) -> RoundRecord | None:
@@ -168,7 +182,7 @@ def _unpacked(row: dict[str, Any]) -> RoundRecord:
         name: datetime.fromisoformat(row[name]) if row[name] else None
         for name in ("started_at", "finished_at")
     }
-    row.setdefault("speed", "{}")  # records of older versions have none
+    row.setdefault("speed", "{}")  # records of older versions have none, nor the fields after it
     return RoundRecord(**row | times | {name: json.loads(row[name]) for name in _MAPPINGS})
 
 

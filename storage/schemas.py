@@ -107,7 +107,10 @@ MODEL_RECORDS = pa.schema(
     [
         _column("model_id", _TEXT, "first 32 hex digits of the sha256 of its weights", False),
         _column(
-            "role", _TEXT, "med, captioner, filter, foreign_captioner or foreign_scorer", False
+            "role",
+            _TEXT,
+            "med, captioner, filter, arm, foreign_captioner or foreign_scorer",
+            False,
         ),
         _column("parent_id", _TEXT, "the model it was finetuned from; null from scratch"),
         _column("round", pa.int32(), "round that trained it", False),
@@ -139,10 +142,76 @@ METRICS = pa.schema(
     ]
 )
 
+RANKS = pa.schema(
+    [
+        _column("round", pa.int32(), "round that measured it", False),
+        _column("model_id", _TEXT, "the model measured", False),
+        _column("dataset", _TEXT, "what it was measured on", False),
+        _column("direction", _TEXT, "i2t (image to text) or t2i (text to image)", False),
+        _column("image_id", _TEXT, "the image", False),
+        _column("caption_id", _TEXT, "the text that was looked up; null for i2t"),
+        _column("rank", _INT, "place of what belongs to it, from 0", False),
+    ]
+)
+
+GATE_RULES = pa.schema(
+    [
+        _column("round", pa.int32(), "round that was judged", False),
+        _column("rule", _TEXT, "name of the rule, as in the settings", False),
+        _column("dataset", _TEXT, "dataset of the figure in metrics", False),
+        _column("metric", _TEXT, "name of the figure in metrics", False),
+        _column("model_id", _TEXT, "model that the figure is of; null when not measured"),
+        _column("measured", _FLOAT, "the figure"),
+        _column("reference", _FLOAT, "what it is compared with"),
+        _column("value", _FLOAT, "the figure, its difference or its ratio: held against the limit"),
+        _column("low", _FLOAT, "lower end of the 95 % interval of value"),
+        _column("high", _FLOAT, "upper end of the 95 % interval of value"),
+        _column("limit", _FLOAT, "the limit", False),
+        _column("direction", _TEXT, "at_least or at_most", False),
+        _column("against", _TEXT, "champion, best, first, last or nothing", False),
+        _column("outcome", _TEXT, "pass, fail or not measured", False),
+        _column("verdict_if_failed", _TEXT, "refuse or person", False),
+        _column("why", _TEXT, "the rule's finding in words", False),
+    ]
+)
+
+ARMS = pa.schema(
+    [
+        _column("round", pa.int32(), "round whose texts were decided on", False),
+        _column("policy", _TEXT, "the SQL file that decided", False),
+        _column("params", _TEXT, "its parameters, as a JSON object", False),
+        _column("label", _TEXT, "policy, and its parameters that are not the default", False),
+        _column("generation", _TEXT, "the decisions that its training set is made of", False),
+        _column("seed", _INT, "seed that its model was trained with", False),
+        _column("steps", _INT, "optimizer steps that its model was trained for", False),
+        _column("model_id", _TEXT, "its model", False),
+        _column("trained_on", _TEXT, "fingerprint of its training set", False),
+        _column("num_web", _INT, "web texts in its training set", False),
+        _column("num_synthetic", _INT, "synthetic texts in its training set", False),
+        _column("num_human", _INT, "human texts in its training set", False),
+        _column("dropped_web", _INT, "web texts left out; null when it uses none of them"),
+        _column("dropped_synthetic", _INT, "the same of synthetic texts"),
+        _column("settings", _TEXT, "what all arms of a comparison share, as JSON", False),
+    ]
+)
+
+ARM_RESAMPLES = pa.schema(
+    [
+        _column("round", pa.int32(), "round of the arm", False),
+        _column("model_id", _TEXT, "the arm's model", False),
+        _column("metric", _TEXT, "name of the figure, as in metrics", False),
+        _column("resample", pa.int32(), "which resample of the held-out images, from 0", False),
+        _column("value", _FLOAT, "the figure on it; the same images for every model"),
+    ]
+)
+
+ROUND_STATUSES = ("running", "promoted", "refused", "needs a person", "rolled back", "failed")
+"""What a round may have come to; all but `running` are ends."""
+
 ROUNDS = pa.schema(
     [
         _column("round", pa.int32(), "the round, from 1", False),
-        _column("status", _TEXT, "running, promoted or refused", False),
+        _column("status", _TEXT, f"one of {', '.join(ROUND_STATUSES)}", False),
         _column("settings", _TEXT, "what it was begun with, as a JSON object", False),
         _column("counts", _TEXT, "rows by stage, as a JSON object", False),
         _column("champion_before", _TEXT, "model id of the champion it began with"),
@@ -153,6 +222,8 @@ ROUNDS = pa.schema(
         _column("seconds", _TEXT, "wall seconds by stage, as a JSON object", False),
         _column("device_seconds", _TEXT, "device seconds by stage, as a JSON object", False),
         _column("speed", _TEXT, "images/s, memory and MFU by training, as a JSON object"),
+        _column("decided_by", _TEXT, "gate or hand; null while running and in older parts"),
+        _column("origin", _TEXT, "what a later round started from and what was new, in words"),
     ]
 )
 
@@ -166,10 +237,16 @@ CANARY_DRAWS = pa.schema(
 
 CANARIES = pa.schema(
     [
-        _column("caption_id", _TEXT, "id of (image_id, canary, caption)", False),
+        _column("caption_id", _TEXT, "id of (image_id, kind, caption)", False),
         _column("image_id", _TEXT, "a human image that nothing was trained on", False),
-        _column("kind", _TEXT, "true, random, hard or swapped", False),
-        _column("truth", _BOOL, "whether the text describes the image", False),
+        _column("kind", _TEXT, "true, random, hard, swapped or written", False),
+        _column("truth", _BOOL, "whether it describes the image; null for a written one"),
+        _column(
+            "contradicted",
+            _BOOL,
+            "names what people agree on and nobody named in this image",
+            False,
+        ),
         _column("stratum", _TEXT, "length of the text: short, medium or long", False),
         _column("caption", _TEXT, "the text", False),
         _column("model_id", _TEXT, "the round's filter, or another scorer", False),
@@ -205,9 +282,17 @@ TABLES: dict[str, pa.Schema] = {
     "models": MODEL_RECORDS,
     "metrics": METRICS,
     "rounds": ROUNDS,
+    "ranks": RANKS,
+    "gate_rules": GATE_RULES,
+    "arms": ARMS,
+    "arm_resamples": ARM_RESAMPLES,
 }
 
-ADDED_LATER = {"decisions": ("generation",), "metrics": ("protocol",), "rounds": ("speed",)}
+ADDED_LATER = {
+    "decisions": ("generation",),
+    "metrics": ("protocol",),
+    "rounds": ("speed", "decided_by", "origin"),
+}
 """Columns that parts of older lakes do not have; nullable."""
 
 

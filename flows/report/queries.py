@@ -83,6 +83,24 @@ WHERE w.source = 'web' AND NOT w.kept
 GROUP BY w.image_id ORDER BY max(s.liking - w.liking) DESC, w.image_id LIMIT $limit
 """
 
+# Texts of which the judge, a scorer outside the loop, thinks otherwise than the filter.
+PICK_APART = f"""
+WITH {TEXTS}
+SELECT t.image_id, t.caption_id FROM texts t
+JOIN judgements j ON j.caption_id = t.caption_id AND j.round = $round
+WHERE abs(t.itm_prob - j.itm_prob) > 0.1
+ORDER BY abs(t.itm_prob - j.itm_prob) DESC, t.caption_id LIMIT $limit
+"""
+
+# Texts that the filter of the round before saw otherwise: the same web texts, and captions written again.
+PICK_CHANGED = f"""
+WITH {TEXTS}
+SELECT t.image_id, t.caption_id FROM texts t
+JOIN scores b ON b.caption_id = t.caption_id AND b.round = $round - 1
+WHERE abs(t.itm_prob - b.itm_prob) > 0.1
+ORDER BY abs(t.itm_prob - b.itm_prob) DESC, t.caption_id LIMIT $limit
+"""
+
 # $images: the chosen pictures.
 CARD_TEXTS = f"""
 WITH {TEXTS}
@@ -102,16 +120,19 @@ GROUP BY image_id
 # The round's models with all their ancestors; $champion is null in round 1, which has the pretrained model to beat.
 MODELS = """
 WITH RECURSIVE wanted AS (
-    SELECT model_id, parent_id FROM models WHERE round = $round OR model_id = $champion
+    SELECT model_id, parent_id FROM models WHERE role <> 'arm' AND round = $round
+        OR model_id = $champion
         OR (role = 'med' AND round = 0 AND $champion IS NULL)
     UNION SELECT m.model_id, m.parent_id FROM models m JOIN wanted w ON w.parent_id = m.model_id
 ), made AS (
-    SELECT model_id, min(dataset) AS dataset FROM metrics WHERE dataset LIKE 'train-%'
+    SELECT model_id, min(dataset) AS dataset FROM metrics
+    WHERE dataset LIKE 'train-%' AND dataset NOT LIKE 'train-arm-%'
     GROUP BY model_id
 )
 SELECT DISTINCT m.model_id, m.role, m.parent_id, m.round, m.trained_on,
     coalesce(made.dataset[7:], m.role) AS made, m.created_at
 FROM models m JOIN wanted USING (model_id) LEFT JOIN made USING (model_id)
+WHERE m.role <> 'arm'
 ORDER BY m.round, m.created_at, m.model_id
 """
 
@@ -120,7 +141,7 @@ CURVES = """
 SELECT CASE WHEN round IN (0, $round) THEN dataset[7:] ELSE 'champion' END AS run,
     metric, n AS step, value
 FROM metrics
-WHERE dataset LIKE 'train-%' AND metric IN ('loss_itc', 'loss_itm', 'loss_lm')
+WHERE dataset LIKE 'train-%' AND dataset NOT LIKE 'train-arm-%' AND metric IN ('loss_itc', 'loss_itm', 'loss_lm')
     AND value IS NOT NULL AND list_contains($models, model_id)
 ORDER BY run, metric, step
 """
@@ -128,7 +149,7 @@ ORDER BY run, metric, step
 # $models: the two compared. The latest measurement of each metric counts.
 MEASURED = """
 SELECT dataset, model_id, metric, value, low, high, n FROM metrics
-WHERE dataset NOT LIKE 'train-%' AND value IS NOT NULL AND list_contains($models, model_id)
+WHERE dataset NOT LIKE 'train-%' AND dataset <> 'arms' AND value IS NOT NULL AND list_contains($models, model_id)
 QUALIFY row_number() OVER (PARTITION BY dataset, model_id, metric ORDER BY round DESC) = 1
 ORDER BY dataset, metric
 """

@@ -20,13 +20,7 @@ def decide_round(run: Run) -> PartRef:
         MissingInput: some shard has not been scored in this round.
     """
     settings = run.settings.decide
-    scored = {part.name for part in list_parts(run.lake, "scores", run.round)}
-    missing = [part.name for part in web_parts(run) if part.name not in scored]
-    if missing:
-        raise MissingInput(
-            f"{len(missing)} shards have no scores of round {run.round}, {missing[0]} among them; run "
-            "`bootstrap score` first"
-        )
+    require_scores(run)
     part = decide(
         run.lake,
         run.round,
@@ -47,6 +41,17 @@ def decide_round(run: Run) -> PartRef:
         )
     logger.info("round %d policy %s: %d decisions", run.round, settings.policy, part.num_rows)
     return part
+
+
+def require_scores(run: Run) -> None:
+    """Raises MissingInput when some shard has not been scored in this round."""
+    scored = {part.name for part in list_parts(run.lake, "scores", run.round)}
+    missing = [part.name for part in web_parts(run) if part.name not in scored]
+    if missing:
+        raise MissingInput(
+            f"{len(missing)} shards have no scores of round {run.round}, {missing[0]} among them; run "
+            "`bootstrap score` first"
+        )
 
 
 def _counts_from_now_on(run: Run) -> bool:

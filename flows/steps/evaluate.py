@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,17 +12,18 @@ from blip_core import (
     LoadedModel,
     MEDCaptioner,
     Metric,
+    RetrievalRanks,
     caption_metrics,
     encode_pairs,
     evaluate_itm,
-    evaluate_retrieval,
+    rank_pairs,
+    recall_metrics,
 )
 from flows import models
-from flows.errors import MissingInput
 from flows.session import Run
 from flows.settings import EVALUATE_NOT_IN_FINGERPRINTS
 from flows.steps.batches import image_batches, rows_table
-from flows.stream import ImageRow
+from flows.steps.heldout import DATASET, HeldOut, commit_ranks, committed_ranks, held_out
 from storage import (
     Clock,
     CorruptShard,
@@ -31,63 +32,49 @@ from storage import (
     basis_of,
     commit_part,
     committed_part,
-    connect,
     fingerprint,
 )
 
 STAGE_VERSION = 2
-DATASET = "heldout"
-PROTOCOL_OF = {"med": "zero-shot", "captioner": "finetuned", "filter": "finetuned"}
+PROTOCOL_OF = {
+    "med": "zero-shot",
+    "arm": "zero-shot",
+    "captioner": "finetuned",
+    "filter": "finetuned",
+}
 """By the role of a model: only a captioner and a filter were finetuned for what is measured."""
-
-HELDOUT_SQL = """
-    SELECT p.image_id, any_value(p.shard), any_value(p."offset"), any_value(p.size),
-           list(DISTINCT c.caption ORDER BY c.caption)
-    FROM pairs p JOIN captions c USING (image_id)
-    WHERE p.pool = 'heldout' AND p.status = 'ok' AND c.source = 'human' AND c.status = 'ok'
-    GROUP BY p.image_id ORDER BY p.image_id
-"""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldOut:
-    """The held-out images with their human captions, in order of image_id."""
-
-    images: tuple[ImageRow, ...]
-    captions: tuple[tuple[str, ...], ...]
 
 
 def evaluate_model(run: Run, ref: ModelRef) -> PartRef:
     """Measure one model for this round, or find it measured; one part of `metrics` each.
 
     A filter is measured by retrieval and matching, a captioner by its captions, a whole model by all. A
-    champion is measured again in every round: figures that are compared were made alike.
+    champion is measured again in every round: figures that are compared were made alike. The ranks that the
+    recalls of a whole model are made of are kept too, so that the gate can compare image by image.
 
     Raises:
         MissingInput: the lake has no held-out pairs.
     """
-    settings = run.settings.evaluate
-    config = settings.model_dump(mode="json", exclude=set(EVALUATE_NOT_IN_FINGERPRINTS)) | {
-        "seed": run.settings.seed,
-        "max_text_tokens": run.settings.score.max_text_tokens,
-        "prompt": run.settings.caption.prompt,
-        "pixel_stats": run.settings.model.pixel_stats,
-    }
     heldout = held_out(run)
-    if ref.role != "med":
-        config["role"] = ref.role
-    basis = basis_of("evaluate", STAGE_VERSION, config, _heldout_inputs(heldout), ref.model_id)
+    basis = _basis(run, ref, heldout)
     name = part_name(ref)
     existing = committed_part(
         run.lake, "metrics", name, round=run.round, basis=basis, on_stale=run.on_stale
     )
-    if existing is not None:
+    ranked = ref.role != "med" or committed_ranks(run, ref, basis) is not None
+    if existing is not None and ranked:
         return existing
     clock = Clock()
     loaded = models.load(run, ref)
-    metrics = [] if ref.role == "captioner" else _matching(run, loaded, heldout)
+    metrics: list[Metric] = []
+    if ref.role != "captioner":
+        ranks, metrics = matching(run, loaded, heldout)
+        if not ranked:
+            commit_ranks(run, ref, heldout, ranks, basis)
+        if existing is not None:  # Killed between the two, or measured by a version without ranks.
+            return existing
     if ref.role != "filter":
-        metrics += _captioning(run, loaded, heldout)
+        metrics += captioning(run, loaded, heldout)
     records = [
         {
             "round": run.round,
@@ -106,27 +93,24 @@ def evaluate_model(run: Run, ref: ModelRef) -> PartRef:
     return commit_part(run.lake, "metrics", name, table, round=run.round, basis=basis, clock=clock)
 
 
+def _basis(run: Run, ref: ModelRef, heldout: HeldOut) -> dict[str, Any]:
+    config = run.settings.evaluate.model_dump(
+        mode="json", exclude=set(EVALUATE_NOT_IN_FINGERPRINTS)
+    ) | {
+        "seed": run.settings.seed,
+        "max_text_tokens": run.settings.score.max_text_tokens,
+        "prompt": run.settings.caption.prompt,
+        "pixel_stats": run.settings.model.pixel_stats,
+    }
+    if ref.role != "med":
+        config["role"] = ref.role
+    return basis_of("evaluate", STAGE_VERSION, config, heldout_inputs(heldout), ref.model_id)
+
+
 def part_name(ref: ModelRef) -> str:
     """The part of `metrics` with a model's held-out figures in a round."""
     role = "" if ref.role == "med" else f"-{ref.role}"
     return f"{DATASET}{role}-{ref.model_id[:16]}"
-
-
-def held_out(run: Run) -> HeldOut:
-    """The held-out pairs of the lake. Raises MissingInput when there are none."""
-    with connect(run.lake) as connection:
-        rows = connection.execute(HELDOUT_SQL).fetchall()
-    rows = rows[: run.settings.evaluate.max_images]
-    if not rows:
-        raise MissingInput(
-            f"lake {run.lake.uri} has no held-out pairs to evaluate on; give `ingest.heldout` a "
-            "captions file with its images and run `bootstrap ingest`"
-        )
-    images = tuple(
-        ImageRow(image_id=image_id, shard=shard, offset=offset, size=size)
-        for image_id, shard, offset, size, _ in rows
-    )
-    return HeldOut(images=images, captions=tuple(tuple(row[4]) for row in rows))
 
 
 def pixel_batches(run: Run, loaded: LoadedModel, heldout: HeldOut) -> Iterator[torch.Tensor]:
@@ -142,7 +126,7 @@ def pixel_batches(run: Run, loaded: LoadedModel, heldout: HeldOut) -> Iterator[t
             yield batch.pixel_values
 
 
-def _heldout_inputs(heldout: HeldOut) -> list[str]:
+def heldout_inputs(heldout: HeldOut) -> list[str]:
     """What the figures depend on: images and captions, by content."""
     content = {
         row.image_id: list(texts)
@@ -151,7 +135,10 @@ def _heldout_inputs(heldout: HeldOut) -> list[str]:
     return [fingerprint("heldout", 1, content, [])]
 
 
-def _matching(run: Run, loaded: LoadedModel, heldout: HeldOut) -> list[Metric]:
+def matching(
+    run: Run, loaded: LoadedModel, heldout: HeldOut
+) -> tuple[RetrievalRanks, list[Metric]]:
+    """Ranks of the held-out pairs, recalls, and figures of telling true pairs from wrong ones."""
     encoded = encode_pairs(
         loaded.model,
         loaded.tokenizer,
@@ -161,15 +148,16 @@ def _matching(run: Run, loaded: LoadedModel, heldout: HeldOut) -> list[Metric]:
         max_text_tokens=run.settings.score.max_text_tokens,
         spill_folder=run.lake.scratch("evaluate"),
     )
-    return [
-        *evaluate_retrieval(
-            loaded.model, loaded.tokenizer, encoded, rerank_k=run.settings.evaluate.rerank_k
-        ),
-        *evaluate_itm(loaded.model, loaded.tokenizer, encoded, seed=run.settings.seed),
-    ]
+    ranks = rank_pairs(
+        loaded.model, loaded.tokenizer, encoded, rerank_k=run.settings.evaluate.rerank_k
+    )
+    metrics = recall_metrics(ranks)
+    metrics += evaluate_itm(loaded.model, loaded.tokenizer, encoded, seed=run.settings.seed)
+    return ranks, metrics
 
 
-def _captioning(run: Run, loaded: LoadedModel, heldout: HeldOut) -> list[Metric]:
+def captioning(run: Run, loaded: LoadedModel, heldout: HeldOut) -> list[Metric]:
+    """Caption metrics of what a model writes about the held-out images."""
     settings = run.settings.evaluate
     config = CaptionConfig(
         decoding=settings.decoding,

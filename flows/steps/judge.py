@@ -92,7 +92,7 @@ def judge_sample(run: Run) -> PartRef | None:
                         "round": run.round,
                     }
                 )
-    records.sort(key=lambda record: record["caption_id"])
+    records.sort(key=lambda record: str(record["caption_id"]))
     table = rows_table("judgements", records)
     return commit_part(
         run.lake, "judgements", PART, table, round=run.round, basis=basis, clock=clock

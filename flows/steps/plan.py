@@ -33,9 +33,9 @@ class TrainPlan:
     """What is trained, on which rows, from where."""
 
     name: str
-    """pretrain, captioner, filter or retrain."""
+    """pretrain, captioner, filter, retrain or that of an arm."""
     role: str
-    """Role in the registry: med, captioner or filter."""
+    """Role in the registry: med, captioner, filter or arm."""
     round: int
     """Round that the model belongs to; 0 for pretraining."""
     sql: str

@@ -13,7 +13,8 @@ from flows.steps.batches import counts_of, rows_table
 from flows.steps.caption import CaptionRows, caption_basis, web_images
 from flows.steps.score import ScoreRows, texts_by_image
 from flows.stream import ImageRow, Picture
-from storage import Clock, ModelRef, PartRef, commit_part, committed_part
+from storage import Clock, ModelRef, PartRef, carried_part, commit_part, committed_part
+from storage.fingerprint import Basis
 
 logger = logging.getLogger(__name__)
 
@@ -84,9 +85,7 @@ def plan_shard(
     job = ShardJob(pairs=pairs, images=[])
     if captioner is not None:
         basis = caption_basis(run, images, captioner)
-        part = committed_part(
-            run.lake, "captions", pairs.name, round=run.round, basis=basis, on_stale=run.on_stale
-        )
+        part = _committed(run, "captions", pairs, basis)
         if part is not None:
             job.found.append(part)
         else:
@@ -95,7 +94,7 @@ def plan_shard(
         rounds = (0,) if job.captions is not None else (0, run.round)
         texts_of = patiently(texts_by_image, run, pairs, rounds)
         rows = ScoreRows(run, scorer, texts_of)
-        part = None if job.captions is not None else _committed(run, pairs, rows)
+        part = None if job.captions is not None else _committed(run, rows.table, pairs, rows.basis)
         if part is not None:
             job.found.append(part)
         else:
@@ -105,10 +104,14 @@ def plan_shard(
     return job
 
 
-def _committed(run: Run, pairs: PartRef, rows: ScoreRows) -> PartRef | None:
-    return committed_part(
-        run.lake, rows.table, pairs.name, round=run.round, basis=rows.basis, on_stale=run.on_stale
+def _committed(run: Run, table: str, pairs: PartRef, basis: Basis) -> PartRef | None:
+    """The part of this round, or an earlier round's that was made from the same things, taken over."""
+    part = committed_part(
+        run.lake, table, pairs.name, round=run.round, basis=basis, on_stale=run.on_stale
     )
+    if part is not None:
+        return part
+    return patiently(carried_part, run.lake, table, pairs.name, round=run.round, basis=basis)
 
 
 def commit_job(run: Run, job: ShardJob) -> ShardDone:
@@ -118,7 +121,7 @@ def commit_job(run: Run, job: ShardJob) -> ShardDone:
         part = None
         if isinstance(rows, ScoreRows) and job.captions is not None:
             # Captions that were made anew, word for word as before, leave their scores as they are.
-            part = _committed(run, job.pairs, rows)
+            part = _committed(run, rows.table, job.pairs, rows.basis)
         if part is None:
             part, statuses = _commit(run, job, rows)
             built += 1

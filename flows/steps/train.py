@@ -44,6 +44,7 @@ from storage import (
     TrainSet,
     TrainSetRef,
     basis_of,
+    carried_model,
     commit_part,
     committed_part,
     fingerprint_of,
@@ -86,6 +87,9 @@ def train_model(
     )
     if curve is not None and (made := _model_of(run.lake, curve)) is not None:
         return made, False
+    carried = carried_model(run.lake, name, plan.role, round=plan.round, basis=basis)
+    if carried is not None:
+        return carried, False
     # refuse what does not fit before any compute
     train_config(plan, run.settings.seed, len(_order(run, plan, open_trainset(run.lake, rows))))
     clock = Clock()
@@ -108,7 +112,8 @@ def train_model(
         trained_on=rows.fingerprint,
         config=basis["config"],
     )
-    note_speed(run, plan.name, history)
+    if plan.role != registry.ARM:  # the round did not spend its time on it
+        note_speed(run, plan.name, history)
     table = rows_table("metrics", curve_rows(plan, ref, history))
     commit_part(run.lake, "metrics", name, table, round=plan.round, basis=basis, clock=clock)
     shutil.rmtree(folder)

@@ -17,7 +17,7 @@ chain AS (
 SELECT
     m.round, m.role, m.model_id, m.parent_id, c.generation,
     array_to_string([left(id, 8) FOR id IN c.ancestry], ' > ') AS ancestry,
-    m.trained_on, m.promoted, m.created_at
+    m.trained_on, m.promoted, m.created_at, m.arm
 FROM models m
 JOIN chain c ON c.model_id = m.model_id
 ORDER BY m.round, c.generation, m.role;

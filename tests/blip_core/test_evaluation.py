@@ -6,13 +6,17 @@ from torch import Tensor
 from blip_core import (
     MED,
     MEDTokenizer,
+    RetrievalRanks,
     average_precision,
     encode_pairs,
     evaluate_itm,
     evaluate_retrieval,
     itm_auc,
+    mean_recall_gain,
+    recall_metrics,
     retrieval_recalls,
 )
+from blip_core.errors import ConfigError
 from blip_core.evaluation import rerank, retrieval_ranks
 from blip_core.pairs import match_logits
 
@@ -174,3 +178,47 @@ def test_evaluate_itm_leaves_out_what_has_no_negative(
     pairs = encode_pairs(model, tokenizer, [pixel_values[:2]], [["a red ring"], ["a red ring"]])
     swapped = evaluate_itm(model, tokenizer, pairs, swapped_texts=["a blue ring", "a red cross"])
     assert [metric.name for metric in swapped] == ["itm_auc_swapped", "itm_ap_swapped"]
+
+
+def _ranks(found: np.ndarray, texts_each: int = 2) -> RetrievalRanks:
+    """Ranks of a model that finds some images, and their texts, at once and the others late."""
+    ranks = np.where(found, 0, 99)
+    index = np.repeat(np.arange(len(found)), texts_each)
+    return RetrievalRanks(ranks, ranks[index], index)
+
+
+def test_mean_recall_gain_is_the_difference_of_the_two_and_zero_with_itself() -> None:
+    rng = np.random.default_rng(0)
+    before, after = (_ranks(rng.random(300) < share) for share in (0.5, 0.6))
+    recall = {
+        name: next(m.value for m in recall_metrics(ranks) if m.name == "mean_recall")
+        for name, ranks in (("before", before), ("after", after))
+    }
+    gain = mean_recall_gain(before, after)
+    assert gain.value == pytest.approx(recall["after"] - recall["before"])
+    assert gain.low is not None
+    assert gain.high is not None
+    assert gain.low < gain.value < gain.high
+    same = mean_recall_gain(before, before)
+    assert (same.value, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
+def test_mean_recall_gain_covers_the_true_gain_and_is_narrower_than_unpaired() -> None:
+    covered, repeats = 0, 60
+    for seed in range(repeats):
+        rng = np.random.default_rng(seed)
+        hard = rng.random(200)  # one difficulty of each image for both models
+        before, after = (_ranks(hard + 0.1 * rng.random(200) < share) for share in (0.55, 0.6))
+        gain = mean_recall_gain(before, after)
+        assert gain.low is not None
+        assert gain.high is not None
+        covered += gain.low <= 0.05 <= gain.high
+        metrics = [recall_metrics(ranks)[-1] for ranks in (before, after)]
+        widths = [m.high - m.low for m in metrics if m.high is not None and m.low is not None]
+        assert gain.high - gain.low < 0.7 * np.hypot(*widths)
+    assert covered >= 0.85 * repeats
+
+
+def test_mean_recall_gain_refuses_ranks_of_other_pairs() -> None:
+    with pytest.raises(ConfigError, match="ranks of other pairs: 10 images and 20 texts against 9"):
+        mean_recall_gain(_ranks(np.ones(10, bool)), _ranks(np.ones(9, bool)))

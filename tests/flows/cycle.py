@@ -53,7 +53,7 @@ def tiny_settings(lake: Path, world: Path, **changes: Any) -> dict[str, Any]:
         "world": {
             "folder": str(world),
             "num_web": 60,
-            "num_human": 16,
+            "num_human": 20,
             "num_heldout": 16,
             "human_captions": 2,
             "fault_share": 0.1,
@@ -69,6 +69,7 @@ def tiny_settings(lake: Path, world: Path, **changes: Any) -> dict[str, Any]:
         "score": {"max_text_tokens": 16, "batch_size": 16},
         # Two random models score anything: keep some, so that there is a clean set to train on.
         "decide": {"threshold": 0.2},
+        "audit": {"canary_share": 0.25, "min_canary_images": 2, "judge_sample": 40},
         "evaluate": {"rerank_k": 4, "max_new_tokens": 8, "batch_size": 16},
         "gate": {"max_recall_drop": 1.0},
         "report": {"gallery_pairs": 3},

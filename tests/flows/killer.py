@@ -1,6 +1,6 @@
 """Run the cycle and kill this very process with SIGKILL at a chosen instant.
 
-usage: killer.py PLACE SETTINGS. A place is `TABLE:NTH` (between the data and the manifest of the
+usage: killer.py PLACE SETTINGS [compare]. With `compare` that flow runs. A place is `TABLE:NTH` (between the data and the manifest of the
 NTH part that this process commits to TABLE, or under a name that begins so), `train:STAGE` (in the middle of a training),
 `download` (while img2dataset works), `promote` (champion written, round not closed) or `report`.
 """
@@ -102,8 +102,10 @@ def main() -> None:
         before_manifest(kind, int(detail))
     from flows.bootstrap import bootstrap
     from flows.settings import parse_settings
+    from flows.stages import compare
 
-    bootstrap(parse_settings(SETTINGS))
+    flow = compare if sys.argv[3:] == ["compare"] else bootstrap
+    flow(parse_settings(SETTINGS))
     sys.exit(f"{PLACE} was never reached")
 
 

@@ -7,12 +7,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from cycle import ROOT, command_environment, tiny_settings
+from cycle import ROOT, FinishedCycle, command_environment, copied, tiny_settings
 
 from flows import server
 from storage import Lake, query
@@ -54,11 +55,15 @@ def _deployment_run(
     )
 
 
-def _api(project: Path, path: str, body: dict[str, Any] | None = None) -> Any:
+def _state(project: Path) -> server.ServerState:
     state = server.running(project)
     assert state is not None
+    return state
+
+
+def _api(project: Path, path: str, body: dict[str, Any] | None = None) -> Any:
     request = urllib.request.Request(
-        f"{state.api_url}{path}",
+        f"{_state(project).api_url}{path}",
         data=json.dumps(body or {}).encode(),
         headers={"Content-Type": "application/json"},
     )
@@ -100,6 +105,13 @@ def test_deployments_run_the_cycle_and_show_it(
     assert "# Round 1: promoted" in artifacts["round-1"]["data"]
     assert "reports/round=0001/index.html" in artifacts["round-1"]["data"]
 
+    asked = {"policies": ["raw", "percentile:share=0.4"], "seeds": 1, "steps": 3}
+    compared = _deployment_run(project, "compare/compare", settings | {"compare": asked})
+    assert compared.returncode == 0, compared.stdout[-2000:] + compared.stderr[-2000:]
+    artifacts = {artifact["key"]: artifact for artifact in _api(project, "/artifacts/filter")}
+    assert "| percentile:share=0.4 |" in artifacts["compare-round-1"]["data"]
+    assert "With one seed they say nothing" in artifacts["compare-round-1"]["data"]
+
     second = _deployment_run(project, "bootstrap/next-round", settings | {"cycle": "next-round"})
     assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-2000:]
     rounds = query(opened, "SELECT round FROM rounds ORDER BY round").to_pylist()
@@ -137,6 +149,38 @@ def test_two_at_once_and_a_dead_run_whose_slot_is_freed(
     assert admitted.returncode == 1
     assert last["state"]["type"] == "FAILED", "it was let in, and failed for want of any input"
     assert "nothing to take in" in last["state"]["message"]
+
+
+def test_starts_of_missed_weeks_make_one_round_and_say_what_became_of_the_other(
+    project: Path, finished: FinishedCycle, tmp_path: Path
+) -> None:
+    cycle = copied(finished, tmp_path)
+    lake = Lake.open(str(cycle.lake), read_only=True)
+    before = query(lake, "SELECT max(round) AS last FROM rounds").to_pylist()[0]["last"]
+    name = "/deployments/name/bootstrap/next-round"
+    with urllib.request.urlopen(f"{_state(project).api_url}{name}", timeout=20) as answer:
+        deployment = json.loads(answer.read())["id"]
+    settings = {**cycle.settings, "cycle": "next-round"}
+    settings["decide"] = {"threshold": 0.15}  # a reason for a round
+    missed = []
+    for weeks in (2, 1):
+        due = (datetime.now(UTC) - timedelta(weeks=weeks)).isoformat()
+        start = {"parameters": {"settings": settings}, "state": {"type": "SCHEDULED"}}
+        start["state"]["state_details"] = {"scheduled_time": due}
+        missed.append(_api(project, f"/deployments/{deployment}/create_flow_run", start)["id"])
+
+    def ended() -> list[dict[str, Any]]:
+        found = _api(project, "/flow_runs/filter", {"flow_runs": {"id": {"any_": missed}}})
+        ends = ("COMPLETED", "CANCELLED", "FAILED", "CRASHED")
+        return found if all(run["state"]["type"] in ends for run in found) else []
+
+    states = sorted(run["state"]["type"] for run in _wait(ended, seconds=300))
+    assert states == ["CANCELLED", "COMPLETED"], (
+        "all that were due start at once, and one has the slot"
+    )
+    rounds = query(lake, "SELECT round, origin FROM rounds ORDER BY round").to_pylist()
+    assert rounds[-1]["round"] == before + 1, "one round, not one for each week"
+    assert "decide.threshold: 0.2 -> 0.15" in rounds[-1]["origin"]
 
 
 def test_down_stops_what_up_started(project: Path) -> None:

@@ -1,9 +1,17 @@
 """A later round leaves an earlier one as it was, and a round that broke off is gone on with."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
-from cycle import FinishedCycle, bootstrap, copied, file_hashes, stamps
+from cycle import (
+    FinishedCycle,
+    bootstrap,
+    copied,
+    drop_later_rounds,
+    file_hashes,
+    stamps,
+)
 from lake_tables import CLEAN, LakeTables
 
 from flows.quickstart.server import WorldServer
@@ -19,6 +27,7 @@ from storage import (
     ingest_urls,
     layout,
     query,
+    registry,
     rounds,
 )
 from storage.fingerprint import basis_of
@@ -98,9 +107,58 @@ def test_next_round_killed_before_its_report_writes_it_and_begins_no_other(
     assert stamps(cycle.lake, *COMMITTED) == before
 
 
+def test_round_after_a_refused_one_does_only_what_changed_and_keeps_every_real_pair(
+    finished: FinishedCycle, tmp_path: Path, api_url: str
+) -> None:
+    cycle = copied(finished, tmp_path)
+    lake = Lake.open(str(cycle.lake))
+    drop_later_rounds(cycle.lake)
+    record, first = rounds.read_round(lake, 1), registry.find(lake, "med", 0)
+    assert record is not None
+    assert first is not None
+    # As if the gate had refused it: the next round starts from the same model as this one did.
+    refused = dataclasses.replace(record, status="refused", champion_after=first.model_id)
+    rounds.write_round(lake, refused)
+    lake.root.remove(layout.CHAMPION)
+    registry.promote(lake, first.model_id, 0, "the first model")
+    median = "SELECT round(quantile_cont(itm_prob, 0.5), 6) AS cut FROM scores WHERE round = 1"
+    cut = query(lake, median).to_pylist()[0]["cut"]
+    done = bootstrap(
+        "next-round",
+        *("--config", str(cycle.config), "--set", f"decide.threshold={cut}"),
+        cwd=tmp_path,
+        api_url=api_url,
+    )
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-1500:]
+    for role in ("captioner", "filter"):
+        made, taken = (registry.find(lake, role, number) for number in (1, 2))
+        assert made is not None
+        assert taken is not None
+        assert taken.model_id == made.model_id
+    second = rounds.read_round(lake, 2)
+    assert second is not None
+    assert "round 1 was refused" in (second.origin or "")
+    assert f"decide.threshold: 0.2 -> {cut}" in (second.origin or "")
+    for training in ("captioner", "filter"):
+        assert training not in second.speed, "taken over, not trained"
+    assert "retrain" in second.speed
+    texts = "SELECT caption_id, caption, mean_logprob FROM captions WHERE round = {} ORDER BY ALL"
+    assert query(lake, texts.format(1)).equals(query(lake, texts.format(2)))
+    real = "SELECT caption_id FROM decisions WHERE source = 'web' AND round = {} ORDER BY ALL"
+    assert query(lake, real.format(1)).num_rows > 30
+    assert query(lake, real.format(1)).equals(query(lake, real.format(2)))
+
+
 @pytest.mark.parametrize(
     ("status", "has_report", "expected"),
-    [("running", False, 3), ("promoted", False, 3), ("refused", False, 3), ("refused", True, 4)],
+    [
+        ("running", False, 3),
+        ("promoted", False, 3),
+        ("refused", False, 3),
+        ("refused", True, 4),
+        ("needs a person", True, 4),
+        ("rolled back", True, 4),
+    ],
 )
 def test_choose_round_adds_one_when_the_last_is_reported(
     tmp_path: Path, status: RoundStatus, has_report: bool, expected: int

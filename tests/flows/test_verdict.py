@@ -11,7 +11,7 @@ from rich.console import Console
 from flows.quickstart.scenes import PLURALS, Scene
 from flows.quickstart.verdict import (
     Rate,
-    caption_truth,
+    captions_true,
     compare_arms,
     judge_round,
     render_verdict,
@@ -41,7 +41,13 @@ def lake_views(world: World) -> Iterator[duckdb.DuckDBPyConnection]:
             ids = {**image, "caption_id": f"{source}-{row['image_id']}"}
             captions.append({**ids, "caption": text, "status": "ok", "round": round})
             kept = source == "web" and row["noise_kind"] in ("", "one_word")
-            fate = {"source": source, "kept": kept, "round": 1, "policy": "blip"}
+            fate = {
+                "source": source,
+                "kept": kept,
+                "round": 1,
+                "policy": "blip",
+                "generation": "blip",
+            }
             decisions.append({**ids, **fate})
     for name, rows in (("pairs", pairs), ("captions", captions), ("decisions", decisions)):
         connection.register(name, pa.Table.from_pylist(rows))
@@ -73,11 +79,11 @@ def test_judge_round_sees_no_texts_of_another_round(
     assert judge_round(lake_views, world, round=2).web.num_texts == 0
 
 
-def test_caption_truth_is_the_share_of_true_captions(world: World) -> None:
+def test_captions_true_says_which_captions_show_the_picture(world: World) -> None:
     scenes = world.scenes()
     first, second = list(scenes)[:2]
     said = [(first, _sentence(scenes[first])), (second, "a photo of nothing")]
-    assert caption_truth(said, world) == Rate(hits=1, n=2)
+    assert captions_true(said, world) == [True, False]
 
 
 def test_compare_arms_pairs_the_metrics_of_two_models() -> None:
