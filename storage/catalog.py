@@ -131,8 +131,17 @@ def stream(
         yield from reader
     except (duckdb.Error, pa.ArrowException) as err:
         raise QueryRefused(f"the query failed: {err}") from err
+    except RuntimeError as err:
+        raise_if_stopped(err)
+        raise
     finally:
         con.close()
+
+
+def raise_if_stopped(err: RuntimeError) -> None:
+    """DuckDB answers Ctrl-C with a RuntimeError of these words; KeyboardInterrupt is what the rest knows."""
+    if str(err) == "Query interrupted":
+        raise KeyboardInterrupt from err
 
 
 def fenced(

@@ -172,9 +172,11 @@ def workers(
                     yield coming.popleft().result()
             while coming:
                 yield coming.popleft().result()
-        finally:
+        except BaseException:
             for future in coming:
                 future.cancel()
+            clock.interrupt()
+            raise
 
 
 def columns_of(parsed: ParsedPolicy) -> set[str]:
@@ -227,6 +229,10 @@ class Clock:
     def stop(self) -> None:
         """The time is up."""
         self.too_long.set()
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """End what runs on the connections."""
         for con in self._watched:
             con.interrupt()
 
@@ -240,6 +246,9 @@ def time_limited(policy: Policy, seconds: float) -> Iterator[Clock]:
     timer.start()
     try:
         yield clock
+    except RuntimeError as err:
+        catalog.raise_if_stopped(err)
+        raise
     except duckdb.Error as err:
         if not clock.too_long.is_set():
             raise
