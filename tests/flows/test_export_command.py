@@ -1,12 +1,13 @@
 """`bootstrap export` as it is typed."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from cycle import bootstrap
+from cycle import ROOT, bootstrap
 from export_world import damage, kept_texts, write_lake
 
 from flows.cli import main, parser
@@ -47,6 +48,15 @@ def test_export_says_what_it_holds_and_that_it_was_read_back(folder: Path) -> No
     again = bootstrap(*command, cwd=folder)
     assert again.returncode == 0
     assert "(it was there already)" in again.stdout
+
+
+def test_export_runs_as_the_readme_has_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (ROOT / "README.md").read_text().split("## Give it to others", 1)[1].split("\n## ")[0]
+    commands = [line for line in section.splitlines() if line.startswith("bootstrap ")]
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("BOOTSTRAP_LAKE", "lake")
+    assert [main(shlex.split(command)[1:]) for command in commands] == [0, 0]
+    assert sorted(path.name for path in Path("exports").iterdir()) == ["shapes", "strict"]
 
 
 def test_export_takes_a_parameter_of_the_policy(folder: Path) -> None:

@@ -304,7 +304,9 @@ def test_image_that_its_shard_has_lost_is_a_row_with_its_reason(
     assert "has not the image" in row["reason"]
     assert done.num_lost == 1
     assert done.num_texts == len(kept_texts()) - 3
-    assert "1 images were kept but could not be read" in (tmp_path / "x/README.md").read_text()
+    card = (tmp_path / "x/README.md").read_text()
+    assert "1 images were kept but could not be read" in card
+    assert "| exported | image could not be read | 3 |" in card
 
 
 def test_lost_shard_costs_its_images_and_lost_shards_end_the_export(
