@@ -122,8 +122,6 @@ def withheld_sql() -> str:
     -- Held out, or kept out of all training to audit filters: once trained on, they measure nothing.
     SELECT image_id FROM reserved
     UNION
-    SELECT image_id FROM captions WHERE source = 'canary'
-    UNION
     {opted_out_sql()}
     """
 
