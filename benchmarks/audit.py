@@ -101,7 +101,7 @@ def resampled(lake: Path, world_folder: Path, source: str, repeats: int) -> Iter
     scenes = load_world(world_folder).scenes()
     with connect(Lake.open(str(lake), read_only=True)) as con:
         planted = con.execute(
-            "SELECT image_id, kind, itm_prob FROM canaries WHERE round = 1 ORDER BY caption_id"
+            "SELECT image_id, kind, itm_prob FROM canaries WHERE round = 1 AND truth IS NOT NULL ORDER BY caption_id"
         ).fetchall()
         texts = con.execute(
             "SELECT image_id, caption, itm_prob FROM verdicts "

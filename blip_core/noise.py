@@ -23,6 +23,7 @@ NUM_RANGES = 10
 MOST_TEXTS = 5000
 """Texts that the chains weigh: of more, so many stand for all, which costs +-0.01 at most and keeps the chains short."""
 _CHAINS, _SWEEPS, _WARM, _THIN = 48, 1200, 400, 10
+NUM_DRAWS = _CHAINS * (_SWEEPS - _WARM) // _THIN
 _PRIOR_TRUE, _PRIOR_WRONG = 1.0, 0.05
 """Of the weights: any kind of mismatch may well be absent."""
 _PRIOR_RANGES = 1.0
@@ -106,15 +107,6 @@ class NoiseModel:
             before=share_of(noise, texts), left=share_of(noise, kept) if kept.sum() else None
         )
 
-    def over(self, groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> Noise:
-        """The noise of several groups (texts, kept) together; each has a mixture of its own."""
-        noises = [self.noise_of_ranges(texts) for texts, _ in groups]
-        together = np.concatenate(noises, axis=1)
-        texts, kept = (np.concatenate([group[i] for group in groups]) for i in (0, 1))
-        return Noise(
-            before=share_of(together, texts), left=share_of(together, kept) if kept.sum() else None
-        )
-
 
 def _dirichlet(rng: np.random.Generator, alpha: np.ndarray) -> np.ndarray:
     """Draws along the last axis."""
@@ -124,17 +116,32 @@ def _dirichlet(rng: np.random.Generator, alpha: np.ndarray) -> np.ndarray:
 
 
 def share_of(noise: np.ndarray, counts: np.ndarray) -> Share:
-    """The noise (R, B) among texts that lie in the ranges so often (B,): median and shortest 95 % interval.
+    """The noise (R, B) among texts that lie in the ranges so often (B,)."""
+    return share_of_draws(noise @ (counts / counts.sum()), int(counts.sum()))
+
+
+def share_of_draws(draws: np.ndarray, num_texts: int) -> Share:
+    """Draws (R,) of a share of so many texts -> their median and their shortest 95 % interval.
 
     The shortest one, because a share near 0 has its likeliest value at the end: then the interval begins at 0, as one
     does that begins below one text.
     """
-    drawn = np.sort(noise @ (counts / counts.sum()))
+    drawn = np.sort(draws)
     size = int(np.ceil(0.95 * len(drawn)))
     widths = drawn[size - 1 :] - drawn[: len(drawn) - size + 1]
     first = int(widths.argmin())
     low, high = float(drawn[first]), float(drawn[first + size - 1])
-    one_text = 1.0 / counts.sum()
+    one_text = 1.0 / num_texts
     low = 0.0 if first == 0 or low < one_text else low
     high = 1.0 if first == len(widths) - 1 or high > 1.0 - one_text else high
     return Share(value=float(np.median(drawn)), low=low, high=high)
+
+
+def rate_draws(hits: int, n: int, *, floor: float = 0.0, seed: int = 0) -> np.ndarray:
+    """Draws (R,) of the share of wrong texts, of which `hits` of `n` were found out by a sign that true texts show too,
+    with probability `floor`.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = rng.beta(hits + 0.5, n - hits + 0.5, size=NUM_DRAWS)
+    noise: np.ndarray = np.clip((drawn - floor) / (1.0 - floor), 0.0, 1.0)
+    return noise

@@ -11,7 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flows import compare_command, decide_command, round_commands
+from flows import (
+    compare_command,
+    decide_command,
+    exports,
+    round_commands,
+    sql_command,
+    sweep_command,
+    why_command,
+)
 from flows.environment import prepare
 
 if TYPE_CHECKING:
@@ -75,10 +83,10 @@ def parser() -> argparse.ArgumentParser:
         if name == "decide":
             decide_command.add_options(stage)
     _model_commands(commands)
-    sql = _command(commands, "sql", "ask the lake; without a query, a prompt", _sql)
-    sql.add_argument("query", nargs="?", help="one SELECT statement")
-    sql.add_argument("--lake", help="lake to read; else BOOTSTRAP_LAKE, else the last used here")
-    sql.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    exports.register(commands)
+    sweep_command.register(commands, _command)
+    why_command.register(commands, _command)
+    sql_command.register(commands, _command)
     round_commands.register(commands, _command)
     compare_command.register(commands, _command, _settings_options)
     repair = _command(
@@ -106,17 +114,12 @@ def _model_commands(commands: Any) -> None:
     finetune.add_argument("--role", choices=("captioner", "filter"), default="captioner")
     _config_options(finetune)
     finetune.set_defaults(preset="base", lake=None, on_stale=None)
-    export = _command(commands, "export", "write a model of the lake for transformers", _export)
-    export.add_argument("role", choices=("captioner", "filter", "med"))
-    export.add_argument("--lake", help="lake to read")
-    export.add_argument("--round", type=int, help="the latest when not given, for med the champion")
-    for sub in (finetune, export):
-        sub.add_argument("--out", required=True, help="folder to write the model into")
-        sub.add_argument(
-            "--layout",
-            choices=("own", "hf-captioning", "hf-retrieval"),
-            help="own, or a class of transformers; as the role needs when not given",
-        )
+    finetune.add_argument("--out", required=True, help="folder to write the model into")
+    finetune.add_argument(
+        "--layout",
+        choices=("own", "hf-captioning", "hf-retrieval"),
+        help="own, or a class of transformers; as the role needs when not given",
+    )
 
 
 def _command(
@@ -203,7 +206,25 @@ def _stage(options: argparse.Namespace) -> int:
     with bars():
         result = stage(settings)
     console.print(str(result), highlight=False)
+    if options.name == "audit":
+        _show_audit(settings, result.round)
     return 0
+
+
+def _show_audit(settings: BootstrapSettings, round: int) -> None:
+    from flows.audit.show import audit_figures, audit_table
+    from flows.steps.canaries import too_few
+    from flows.terminal import console
+    from storage import Lake, connect
+
+    lake = Lake.open(settings.machine.lake, read_only=True)
+    with connect(lake) as connection:
+        figures = audit_figures(connection, round)
+        drawn = connection.execute("SELECT count(*) FROM canary_draws WHERE is_canary").fetchall()
+    console.print(audit_table(figures))
+    least = settings.audit.min_canary_images
+    if settings.audit.canary_share and drawn[0][0] < least:
+        console.print(too_few(lake.uri, drawn[0][0], least), highlight=False)
 
 
 def _finetune(options: argparse.Namespace) -> int:
@@ -226,19 +247,6 @@ def _finetune(options: argparse.Namespace) -> int:
     return 0
 
 
-def _export(options: argparse.Namespace) -> int:
-    from flows.export import export_model
-    from flows.terminal import console
-    from storage import Lake
-
-    lake = Lake.open(find_lake(options.lake), read_only=True)
-    ref = export_model(
-        lake, options.role, Path(options.out), round=options.round, layout=options.layout
-    )
-    console.print(f"{ref.role} {ref.model_id} of round {ref.round}: {options.out}", highlight=False)
-    return 0
-
-
 def bars() -> Any:
     """Progress of the stages on the terminal, for the length of a `with`."""
     from flows.progress import add_sink
@@ -247,19 +255,6 @@ def bars() -> Any:
     bars = StageBars()
     add_sink(bars)
     return bars
-
-
-def _sql(options: argparse.Namespace) -> int:
-    from flows.sqlprompt import prompt
-    from flows.terminal import print_rows, rows_of
-    from storage import Lake, query
-
-    lake = Lake.open(find_lake(options.lake), read_only=True)
-    if options.query is None:
-        return prompt(lake)
-    result = query(lake, options.query)
-    print_rows(result.column_names, rows_of(result), options.format)
-    return 0
 
 
 def _repair(options: argparse.Namespace) -> int:

@@ -16,8 +16,8 @@ from blip_core import LoadedModel, load_model, save_model
 from blip_core.hf import require_layout
 from blip_core.med import Layout
 from flows.errors import SettingsError
-from flows.export import LAYOUTS, require_free, write_folder
 from flows.foreign_models import load_blip
+from flows.model_export import LAYOUTS, require_free, write_folder
 from flows.session import Run
 from flows.settings import BootstrapSettings
 from flows.steps.plan import Objective, TrainPlan

@@ -108,11 +108,22 @@ DEFAULT_RULES: dict[str, dict[str, Any]] = {
         "canaries", "filter_recall", "first", -0.1, end="high", if_failed="refuse"
     ),
     "filter_recall_last": _differs("canaries", "filter_recall", "last", -0.1, end="high"),
+    # What people say of the captions that the round's captioner writes for canary images.
+    "contradicted_first": _differs(
+        "canaries", "written_contradicted", "first", 0.15, direction="at_most", if_failed="refuse"
+    ),
+    "contradicted_last": _differs(
+        "canaries", "written_contradicted", "last", 0.1, direction="at_most"
+    ),
     # A scorer outside the loop: when the two part, the loop is flattering itself.
-    "judge_agreement_first": _differs("judge", "judge_agreement", "first", -0.1),
-    "judge_agreement_last": _differs("judge", "judge_agreement", "last", -0.1),
-    "judge_kept_first": _differs("judge", "judge_kept_itm_prob", "first", -0.1),
-    "judge_kept_last": _differs("judge", "judge_kept_itm_prob", "last", -0.1),
+    "judge_agreement_first": _differs("judge", "judge_agreement", "first", -0.1, end="high"),
+    "judge_agreement_last": _differs("judge", "judge_agreement", "last", -0.1, end="high"),
+    "judge_kept_first": _differs("judge", "judge_kept_itm_prob", "first", -0.1, end="high"),
+    "judge_kept_last": _differs("judge", "judge_kept_itm_prob", "last", -0.1, end="high"),
+    "judge_synthetic_first": _differs(
+        "judge", "judge_synthetic", "first", -0.2, end="high", if_failed="refuse"
+    ),
+    "judge_synthetic_last": _differs("judge", "judge_synthetic", "last", -0.1, end="high"),
 }
 """The rules that hold unless the settings change them; docs/rounds.md says why each limit is what it is."""
 

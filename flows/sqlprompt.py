@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
-from flows.terminal import console, fail, rows_of, table
+from flows.terminal import console, fail, print_rows, rows_of
 from storage import Lake, StorageError, query
 
 VIEWS = (
-    "clean, rejected, funnel, noise, lineage, rounds, compare_rounds, why, pairs, captions, scores, "
-    "decisions, metrics, models"
+    "clean, rejected, verdicts, funnel, noise, policies, lineage, rounds, compare_rounds, why, canaries, "
+    "pairs, captions, scores, decisions, metrics, models; with a blank to fill: kept(round), "
+    "texts_of(image_id), changed(round, generation, generation), docs/sql.md has them all"
 )
 
 
-def prompt(lake: Lake) -> int:
-    """Read statements until end of input; an error in one does not end the prompt."""
+def prompt(lake: Lake, form: str = "table", **limits: Any) -> int:
+    """Read statements until end of input; neither an error in one nor Ctrl-C ends the prompt.
+
+    Each statement sees what is committed when it is asked.
+    """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - its import gives input() history and editing
     console.print(f"lake {lake.uri}; views: {VIEWS}", highlight=False)
@@ -34,16 +39,18 @@ def prompt(lake: Lake) -> int:
             return 0
         pending.append(line)
         if line.rstrip().endswith(";"):
-            _answer(lake, "\n".join(pending))
+            _answer(lake, "\n".join(pending), form, limits)
             pending = []
 
 
-def _answer(lake: Lake, statement: str) -> None:
+def _answer(lake: Lake, statement: str, form: str, limits: dict[str, Any]) -> None:
     try:
-        result = query(lake, statement)
+        result = query(lake, statement, **limits)
+        rows = rows_of(result)
+        print_rows(result.column_names, rows, form)
     except StorageError as err:
         fail(str(err))
-        return
-    rows = rows_of(result)
-    console.print(table(result.column_names, rows))
-    console.print(f"{len(rows)} rows", style="dim")
+    except KeyboardInterrupt:
+        fail("the query was interrupted")
+    else:
+        console.print(f"{len(rows)} rows", style="dim")

@@ -39,6 +39,7 @@ VIEWS = (
     "round_costs",
     "compare_rounds",
     "why",
+    "policies",
 )
 """The files of `storage/sql`, in the order in which they build on each other."""
 
@@ -80,6 +81,7 @@ def create_views(con: duckdb.DuckDBPyConnection, lake: Lake, *, as_of: int | Non
     con.execute(f"CREATE OR REPLACE VIEW champions AS {champions_sql(lake)}")
     for view in VIEWS:
         con.execute(_sql_of(view))
+    con.execute(_sql_of("macros"))
     # The same for any generation, whichever counts.
     con.execute(
         _sql_of("verdicts")
@@ -208,6 +210,8 @@ def _config(lake: Lake, memory_limit: str, threads: int | None) -> dict[str, Any
         "preserve_insertion_order": False,
         "autoinstall_known_extensions": False,
         "TimeZone": "UTC",
+        # A name in SQL is a view of the lake, never a variable of this program.
+        "python_enable_replacements": False,
     }
     if threads is not None:
         if threads < 1:
@@ -239,16 +243,16 @@ def _active_parts(lake: Lake, parts: list[PartRef]) -> dict[int, PartRef]:
 
 
 def _active_policies(lake: Lake, active: Mapping[int, PartRef]) -> str:
-    """SQL of (round, policy, generation): whose decisions count in each round."""
-    says = {round: active_generation(lake, round) for round in active}
-    rows = ", ".join(
-        f"({round}, {quoted(known.policy if (known := says[round]) else ref.name)}, {quoted(ref.name)})"
-        for round, ref in active.items()
-    )
-    rows = rows or "(0, '', '')"
+    """SQL of (round, policy, generation, of_round): whose decisions count in each round, and which are its own."""
+    listed = []
+    for round, ref in active.items():
+        says = active_generation(lake, round)
+        policy, own = (says.policy, says.of_round) if says else (ref.name, ref.name)
+        listed.append(f"({round}, {quoted(policy)}, {quoted(ref.name)}, {quoted(own)})")
+    rows = ", ".join(listed) or "(0, '', '', '')"
     return (
-        "SELECT CAST(round AS INTEGER) AS round, policy, generation "
-        f"FROM (VALUES {rows}) AS t(round, policy, generation) WHERE round > 0"
+        "SELECT CAST(round AS INTEGER) AS round, policy, generation, of_round "
+        f"FROM (VALUES {rows}) AS t(round, policy, generation, of_round) WHERE round > 0"
     )
 
 

@@ -9,7 +9,7 @@ import errno
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
@@ -32,13 +32,15 @@ _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 class Root:
     """A folder on an fsspec file system; every path given to it is relative to that folder."""
 
-    def __init__(self, uri: str, storage_options: dict[str, Any] | None = None) -> None:
-        """Name the folder; nothing is created and nothing is read."""
+    def __init__(
+        self, uri: str, storage_options: dict[str, Any] | None = None, what: str = "lake"
+    ) -> None:
+        """Name the folder, and for errors what it is; nothing is created and nothing is read."""
         try:
             self.fs, base = fsspec.core.url_to_fs(uri, **(storage_options or {}))
         except (ImportError, ValueError) as err:
             raise ConfigError(
-                f"lake {uri!r}: no file system for this address ({err}); install the extra that "
+                f"{what} {uri!r}: no file system for this address ({err}); install the extra that "
                 "brings it (s3, gcs) or give a local folder"
             ) from err
         self.is_local = isinstance(self.fs, LocalFileSystem)
@@ -92,6 +94,14 @@ class Root:
             return
         with self.staged(rel) as tmp, explained(self, rel):
             tmp.write_bytes(data)
+
+    def write_many(self, files: Mapping[str, bytes]) -> None:
+        """Write many whole files, on a store several at a time; a kill may leave some half written."""
+        with explained(self, ""):
+            if self.is_local:
+                for folder in {PurePosixPath(self.path(rel)).parent for rel in files}:
+                    Path(folder).mkdir(parents=True, exist_ok=True)
+            self.fs.pipe({self.path(rel): data for rel, data in files.items()})
 
     def put_file(self, local: Path, rel: str) -> None:
         """Copy a local file into the lake, atomically."""
@@ -163,11 +173,14 @@ class Root:
             if self.fs.exists(self.path(rel)):
                 self.fs.rm(self.path(rel), recursive=True)
 
-    def sweep(self, rel_dir: str) -> int:
-        """Remove unfinished writes below a folder (hold the lake's lock); how many there were."""
+    def sweep(self, rel_dir: str, max_depth: int | None = None) -> int:
+        """Remove unfinished writes below a folder (hold the lake's lock); how many there were.
+
+        With `max_depth` only so many folders down: 1 is the folder itself.
+        """
         with explained(self, rel_dir):
             self.fs.invalidate_cache()
-            found = [str(p) for p in self.fs.find(self.path(rel_dir))]
+            found = [str(p) for p in self.fs.find(self.path(rel_dir), maxdepth=max_depth)]
             tmp = [p for p in found if PurePosixPath(p).name.startswith(TMP_PREFIX)]
             for path in tmp:
                 self.fs.rm_file(path)

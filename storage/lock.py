@@ -26,7 +26,7 @@ STALE_AFTER_S = 600.0
 
 
 @contextmanager
-def hold_local(root: Root, rel: str, purpose: str) -> Iterator[int | None]:
+def hold_local(root: Root, rel: str, purpose: str, what: str = "lake") -> Iterator[int | None]:
     """Hold an flock; the file says who holds it. The file stays, the lock does not.
 
     Gives the file's descriptor: a process that inherits it holds the lock too.
@@ -39,7 +39,7 @@ def hold_local(root: Root, rel: str, purpose: str) -> Iterator[int | None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:
-            raise _busy(root, os.pread(fd, 4096, 0)) from err
+            raise _busy(root, os.pread(fd, 4096, 0), what) from err
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps(_holder(purpose)).encode(), 0)
         yield fd
@@ -49,7 +49,7 @@ def hold_local(root: Root, rel: str, purpose: str) -> Iterator[int | None]:
 
 
 @contextmanager
-def hold_remote(root: Root, rel: str, purpose: str) -> Iterator[int | None]:
+def hold_remote(root: Root, rel: str, purpose: str, what: str = "lake") -> Iterator[int | None]:
     """Hold a lock object that a thread renews.
 
     Object stores offer no portable exclusive create, so the holder writes its token, waits and
@@ -58,12 +58,12 @@ def hold_remote(root: Root, rel: str, purpose: str) -> Iterator[int | None]:
     holder = _holder(purpose) | {"token": uuid.uuid4().hex}
     current = _read(root, rel)
     if current is not None and time.time() - float(current.get("renewed", 0)) < STALE_AFTER_S:
-        raise _busy(root, json.dumps(current).encode())
+        raise _busy(root, json.dumps(current).encode(), what)
     _write(root, rel, holder)
     time.sleep(0.0 if root.uri.startswith("memory:") else 1.0)
     current = _read(root, rel)
     if current is None or current.get("token") != holder["token"]:
-        raise _busy(root, json.dumps(current).encode())
+        raise _busy(root, json.dumps(current).encode(), what)
     stop = threading.Event()
     beat = threading.Thread(target=_renew, args=(root, rel, holder, stop), daemon=True)
     beat.start()
@@ -106,7 +106,7 @@ def _read(root: Root, rel: str) -> dict[str, Any] | None:
     return holder if isinstance(holder, dict) else None
 
 
-def _busy(root: Root, record: bytes) -> LakeBusy:
+def _busy(root: Root, record: bytes, what: str) -> LakeBusy:
     try:
         who = json.loads(record)
         text = (
@@ -115,5 +115,6 @@ def _busy(root: Root, record: bytes) -> LakeBusy:
     except (ValueError, KeyError, TypeError):
         text = "a run that is just starting"
     return LakeBusy(
-        f"lake {root.uri} is in use by {text}; wait for it to end or stop it, or name another lake"
+        f"{what} {root.uri} is in use by {text}; wait for it to end or stop it, or name another "
+        f"{what}"
     )

@@ -7,10 +7,11 @@ import os
 import re
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from queue import SimpleQueue
+from typing import TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -34,6 +35,8 @@ FROM {verdicts}
 _JOINED = "(SELECT c.image_id, c.source, v.caption_id, v.kept, v.reason FROM candidates c JOIN verdict v USING (caption_id))"
 _WHOLE_ORDER = "ORDER BY image_id, caption_id"
 MAX_WORKERS = 8
+
+T = TypeVar("T")
 
 
 class PolicyRun:
@@ -83,41 +86,19 @@ class PolicyRun:
             if self.policy.header.has_cuts:
                 sql, cuts = self.parsed.without_cuts_sql(whole), self._cuts(whole)
             whole.close()
-            yield from self._by_chunks(sql, cuts, clock, stack)
+            yield from self._by_chunks(sql, cuts, clock)
 
     def _by_chunks(
-        self, sql: str, cuts: pa.Table | None, clock: "Clock", stack: ExitStack
+        self, sql: str, cuts: pa.Table | None, clock: "Clock"
     ) -> Iterator[pa.RecordBatch]:
-        """Chunk after chunk; each worker has a database of one thread, so that what it gives has an order."""
-        num_workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
-        limit = f"{memory_bytes(self._memory_limit) // num_workers}B"
-        free: SimpleQueue[duckdb.DuckDBPyConnection] = SimpleQueue()
-        for _ in range(num_workers):
-            con = stack.enter_context(catalog.connect(self.candidates.lake, limit, threads=1))
-            clock.watch(con)
-            if cuts is not None:
-                con.register(MADE_CUTS, cuts)
-            free.put(con)
+        """Chunk after chunk, in order."""
 
-        def work(shards: list[str]) -> pa.Table:
-            con = free.get()
-            try:
-                return self._decide(con, sql, shards, "")
-            finally:
-                free.put(con)
+        def work(con: duckdb.DuckDBPyConnection, shards: list[str]) -> pa.Table:
+            return self._decide(con, sql, shards, "")
 
-        pool = stack.enter_context(ThreadPoolExecutor(num_workers))
-        coming: deque[Future[pa.Table]] = deque()
-        try:
-            for shards in self.candidates.chunks():
-                coming.append(pool.submit(work, shards))
-                if len(coming) > num_workers:
-                    yield from coming.popleft().result().to_batches()
-            while coming:
-                yield from coming.popleft().result().to_batches()
-        finally:
-            for future in coming:
-                future.cancel()
+        tables = {} if cuts is None else {MADE_CUTS: cuts}
+        for table in workers(self.candidates, self._memory_limit, clock, work, tables):
+            yield from table.to_batches()
 
     def _cuts(self, con: duckdb.DuckDBPyConnection) -> pa.Table:
         """What the clause `cuts` finds in all texts."""
@@ -126,7 +107,7 @@ class PolicyRun:
         )
         sql = self.parsed.cuts_sql(con)
         try:
-            return con.sql(sql, params=_used(con, sql, self.params)).to_arrow_table()
+            return con.sql(sql, params=bound(con, sql, self.params)).to_arrow_table()
         except duckdb.InterruptException:
             raise
         except duckdb.Error as err:
@@ -140,7 +121,7 @@ class PolicyRun:
         try:
             con.execute(
                 f"CREATE OR REPLACE TEMP TABLE verdict AS FROM (\n{sql}\n)",
-                _used(con, sql, self.params),
+                bound(con, sql, self.params),
             )
         except duckdb.InterruptException:
             raise
@@ -151,6 +132,49 @@ class PolicyRun:
         verdicts = "verdict" if _gives_ids(con) else _JOINED
         sql = DECIDED.format(verdicts=verdicts, order=order)
         return con.sql(sql, params=self._given).to_arrow_table().cast(DECISIONS)
+
+
+def workers(
+    candidates: Candidates,
+    memory_limit: str,
+    clock: "Clock",
+    work: Callable[[duckdb.DuckDBPyConnection, list[str]], T],
+    tables: Mapping[str, pa.Table] | None = None,
+) -> Iterator[T]:
+    """What `work` makes of each chunk of shards, in order, some at a time.
+
+    Each worker has a database of one thread, so that the rows it gives have an order; they share the memory.
+    """
+    num_workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    limit = f"{memory_bytes(memory_limit) // num_workers}B"
+    free: SimpleQueue[duckdb.DuckDBPyConnection] = SimpleQueue()
+
+    def with_connection(shards: list[str]) -> T:
+        con = free.get()
+        try:
+            return work(con, shards)
+        finally:
+            free.put(con)
+
+    with ExitStack() as stack:
+        for _ in range(num_workers):
+            con = stack.enter_context(catalog.connect(candidates.lake, limit, threads=1))
+            clock.watch(con)
+            for name, table in (tables or {}).items():
+                con.register(name, table)
+            free.put(con)
+        pool = stack.enter_context(ThreadPoolExecutor(num_workers))
+        coming: deque[Future[T]] = deque()
+        try:
+            for shards in candidates.chunks():
+                coming.append(pool.submit(with_connection, shards))
+                if len(coming) > num_workers:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            for future in coming:
+                future.cancel()
 
 
 def columns_of(parsed: ParsedPolicy) -> set[str]:
@@ -236,7 +260,7 @@ def memory_bytes(limit: str) -> int:
     return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
 
 
-def _used(
+def bound(
     con: duckdb.DuckDBPyConnection, sql: str, params: Mapping[str, Value]
 ) -> dict[str, Value] | None:
     """The parameters that a statement names; DuckDB refuses others."""

@@ -48,6 +48,30 @@ class ParsedPolicy:
         """Names of its WITH clauses, at any depth."""
         return set(_cte_names(self.tree["statements"]))
 
+    def kept_of_a_row(self, con: duckdb.DuckDBPyConnection) -> str | None:
+        """SQL of what it calls kept, where that takes a row of `candidates` and nothing else; None otherwise."""
+        node = self.tree["statements"][0]["node"]
+        plain = node.get("type") == "SELECT_NODE" and not node.get("modifiers")
+        source = node.get("from_table") or {}
+        plain = (
+            plain
+            and source.get("type") == "BASE_TABLE"
+            and source.get("table_name") == "candidates"
+        )
+        narrowed = any(
+            node.get(name) for name in ("where_clause", "having", "qualify", "group_expressions")
+        )
+        columns = [each for each in node.get("select_list", []) if each.get("alias") == "kept"]
+        if not plain or narrowed or len(columns) != 1 or self.ctes():
+            return None
+        kept = copy.deepcopy(columns[0]) | {"alias": ""}
+        if set(_classes(kept)) & {"WINDOW", "SUBQUERY", "LAMBDA"}:
+            return None
+        tree = _tree_of(con, "SELECT 1")
+        tree["statements"][0]["node"]["select_list"] = [kept]
+        tree["statements"][0]["named_param_map"] = self.tree["statements"][0]["named_param_map"]
+        return _text_of(con, tree).removeprefix("SELECT ")
+
     def cuts_sql(self, con: duckdb.DuckDBPyConnection) -> str:
         """The SQL of its `cuts` alone, with the WITH clauses before it."""
         tree = copy.deepcopy(self.tree)
@@ -154,6 +178,18 @@ def _names(node: Any, location: int = 0) -> Iterator[tuple[str, str, int]]:
         yield "sample", "TABLESAMPLE", location
     for value in node.values():
         yield from _names(value, location)
+
+
+def _classes(node: Any) -> Iterator[str]:
+    """The classes of a tree's expressions."""
+    if isinstance(node, list):
+        for item in node:
+            yield from _classes(item)
+    elif isinstance(node, dict):
+        if "class" in node:
+            yield str(node["class"])
+        for value in node.values():
+            yield from _classes(value)
 
 
 def _cte_names(node: Any) -> Iterator[str]:

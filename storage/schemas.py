@@ -237,10 +237,16 @@ CANARY_DRAWS = pa.schema(
 
 CANARIES = pa.schema(
     [
-        _column("caption_id", _TEXT, "id of (image_id, canary, caption)", False),
+        _column("caption_id", _TEXT, "id of (image_id, kind, caption)", False),
         _column("image_id", _TEXT, "a human image that nothing was trained on", False),
-        _column("kind", _TEXT, "true, random, hard or swapped", False),
-        _column("truth", _BOOL, "whether the text describes the image", False),
+        _column("kind", _TEXT, "true, random, hard, swapped or written", False),
+        _column("truth", _BOOL, "whether it describes the image; null for a written one"),
+        _column(
+            "contradicted",
+            _BOOL,
+            "names what people agree on and nobody named in this image",
+            False,
+        ),
         _column("stratum", _TEXT, "length of the text: short, medium or long", False),
         _column("caption", _TEXT, "the text", False),
         _column("model_id", _TEXT, "the round's filter, or another scorer", False),

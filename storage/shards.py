@@ -62,10 +62,10 @@ def write_shard(
                 for sample in samples:
                     assert sample.key not in seen, f"shard {name}: key {sample.key} twice"
                     seen.add(sample.key)
-                    offset = _add(tar, f, f"{sample.key}.{sample.ext}", sample.image)
+                    offset = add_member(tar, f, f"{sample.key}.{sample.ext}", sample.image)
                     ranges.append(ImageRange(key=sample.key, offset=offset, size=len(sample.image)))
                     meta = json.dumps(sample.meta, sort_keys=True, ensure_ascii=False)
-                    _add(tar, f, f"{sample.key}.json", meta.encode("utf-8", "replace"))
+                    add_member(tar, f, f"{sample.key}.json", meta.encode("utf-8", "replace"))
     return ShardRef(name=name, path=path, num_samples=len(ranges)), ranges
 
 
@@ -124,7 +124,7 @@ def iter_shard(lake: Lake, name: str) -> Iterator[Sample]:
         ) from err
 
 
-def _add(tar: tarfile.TarFile, f: BinaryIO, name: str, data: bytes) -> int:
+def add_member(tar: tarfile.TarFile, f: BinaryIO, name: str, data: bytes) -> int:
     """Append a member with fixed header fields; the offset of its first data byte."""
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.mtime, info.uid, info.gid = len(data), 0o644, 0, 0, 0

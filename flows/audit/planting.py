@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from flows.stream import ImageRow
 
-KINDS = ("true", "random", "hard", "swapped")
+WRITTEN = "written"
+"""Kind of what the round's captioner writes for a canary image: nobody knows its truth."""
 NUM_CANDIDATES = 32
 """Texts of other images among which the judge finds the hardest."""
 SHORT, MEDIUM = 5, 12
 """Most words of a short and of a medium text."""
-_GRAMMAR = frozenset(
+GRAMMAR = frozenset(
     [
         "a",
         "about",
@@ -119,11 +120,11 @@ def plant(
     images_of: dict[str, set[int]] = defaultdict(set)
     for number, image in enumerate(images):
         for text in image.texts:
-            images_of[_plain(text)].add(number)
+            images_of[plain(text)].add(number)
     pool = sorted((text, number) for number, image in enumerate(images) for text in image.texts)
     for number, image in enumerate(images):
         key = f"{seed} {image.row.image_id}"
-        same = set().union(*(images_of[_plain(text)] for text in image.texts)) | {number}
+        same = set().union(*(images_of[plain(text)] for text in image.texts)) | {number}
         others = _others(pool, same, _Draws(f"{key} others"))
         true = image.texts[_Draws(f"{key} true").below(len(image.texts))]
         yield Planted(
@@ -147,20 +148,20 @@ class SwappedWords:
     def __init__(self, texts: Iterable[str]) -> None:
         self._between: dict[tuple[str, str], set[str]] = defaultdict(set)
         for text in set(texts):
-            for before, word, after in _places(_plain(text).split()):
+            for before, word, after in _places(plain(text).split()):
                 self._between[before, after].add(word)
 
     def swap(self, text: str, own_texts: Sequence[str], draw: _Draws) -> str | None:
         """`text` with one word replaced by one that none of the image's texts has; None when there is none."""
         words = text.split()
-        own = {word for each in own_texts for word in _plain(each).split()}
+        own = {word for each in own_texts for word in plain(each).split()}
         choices: list[tuple[int, list[str]]] = []
-        for index, (before, word, after) in enumerate(_places(_plain(text).split())):
+        for index, (before, word, after) in enumerate(_places(plain(text).split())):
             others = self._between[before, after] - own
-            fitting = sorted(other for other in others - _GRAMMAR if not _begin_alike(other, word))
-            if fitting and word not in _GRAMMAR:
+            fitting = sorted(other for other in others - GRAMMAR if not begin_alike(other, word))
+            if fitting and word not in GRAMMAR:
                 choices.append((index, fitting))
-        if not choices or len(_plain(text).split()) != len(words):
+        if not choices or len(plain(text).split()) != len(words):
             return None
         index, fitting = choices[draw.below(len(choices))]
         words[index] = fitting[draw.below(len(fitting))]
@@ -192,7 +193,7 @@ def _others(pool: Sequence[tuple[str, int]], same: set[int], draw: _Draws) -> li
     return list(found)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Lower case, without the points at the end of words."""
     return " ".join(word.strip(".,!?;:\"'") or word for word in text.lower().split())
 
@@ -202,7 +203,7 @@ def _places(words: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     yield from zip(padded, words, padded[2:], strict=False)
 
 
-def _begin_alike(one: str, other: str) -> bool:
+def begin_alike(one: str, other: str) -> bool:
     """Whether two words may be forms of one."""
     stem = min(len(one), len(other), 4)
     return one[:stem] == other[:stem]

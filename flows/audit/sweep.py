@@ -8,8 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from blip_core.noise import Share, share_of
-from flows.steps.audit import canary_scores, cut_of, noise_model, range_counts
+from blip_core.noise import Share, share_of_draws
+from flows.steps.audit import (
+    CanaryScores,
+    canary_scores,
+    cut_of,
+    half_of_each,
+    noise_model,
+    range_counts,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,20 +45,36 @@ def sweep(
     starts = np.concatenate([[-np.inf], edges])
     coarse = np.searchsorted(ranges, starts, side="right")
     points = []
+    known: dict[str, np.ndarray] = {}
     for source, (texts, _) in range_counts(con, round, number, edges).items():
         in_range = np.bincount(coarse, texts, minlength=len(ranges) + 1)
-        noise = model.noise_of_ranges(in_range.astype(int)) if model is not None else None
         for cut in cuts:
             above = np.bincount(
                 coarse, np.where(starts >= cut, texts, 0), minlength=len(ranges) + 1
-            )
+            ).astype(int)
+            noise = None
+            if model is not None and canaries is not None and above.sum():
+                if source not in known:
+                    known[source] = model.noise_of_ranges(in_range.astype(int))
+                noise = _noise(canaries, source, known[source], above, float(cut))
             points.append(
                 SweepPoint(
                     source=source,
                     threshold=float(cut),
                     texts=int(texts.sum()),
                     kept=int(above.sum()),
-                    noise=None if noise is None or not above.sum() else share_of(noise, above),
+                    noise=noise,
                 )
             )
     return points
+
+
+def _noise(
+    canaries: CanaryScores, source: str, noise: np.ndarray, kept: np.ndarray, cut: float
+) -> Share:
+    """The noise that a cut leaves, as the audit estimates it for the source."""
+    draws = noise @ (kept / kept.sum())
+    if source == "synthetic" and len(canaries.written):
+        rate = canaries.wrong_written(cut)
+        draws = half_of_each(draws, canaries.written_draws(rate)) if rate.n else draws
+    return share_of_draws(draws, int(kept.sum()))

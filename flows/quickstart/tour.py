@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flows.audit.show import audit_figures, audit_table
 from flows.outcome import RoundOutcome
-from flows.quickstart.verdict import compare_arms, judge_round, render_verdict
+from flows.quickstart.verdict import compare_arms, judge_round, noise_truth, render_verdict
 from flows.quickstart.world import load_world
 from flows.settings import BootstrapSettings
 from flows.terminal import console, table
@@ -40,6 +41,10 @@ def show(settings: BootstrapSettings, result: RoundOutcome) -> None:
             verdict = judge_round(connection, world, result.round, decided)
             console.print()
             console.print(render_verdict(verdict, arms))
+            figures = audit_figures(connection, result.round)
+            if figures:
+                console.print(audit_table(figures, noise_truth(verdict)))
+                console.print()
     console.print(f"Round {result.round}: {result.status}. {result.why}", highlight=False)
     report = lake.root.local_path(layout.report(result.round))
     console.print(f"\nreport: {report or layout.report(result.round)}", highlight=False)

@@ -157,6 +157,19 @@ def judge_round(
     )
 
 
+def noise_truth(verdict: Verdict) -> dict[str, float]:
+    """The true values of what an audit estimates, under the names of its metrics."""
+    truth: dict[str, float] = {}
+    hits = {"before": [0, 0], "left": [0, 0]}
+    for name, outcome in (("web", verdict.web), ("synthetic", verdict.synthetic)):
+        for when, rate in (("before", outcome.true_before), ("left", outcome.true_after)):
+            hits[when][0] += rate.n - rate.hits
+            hits[when][1] += rate.n
+            if rate.n:
+                truth[f"noise_{when}_{name}"] = 1 - rate.value
+    return truth | {f"noise_{when}": wrong / n for when, (wrong, n) in hits.items() if n}
+
+
 def captions_true(captions: Iterable[tuple[str, str]], world: World) -> list[bool]:
     """Which (image_id, caption) are true of their picture, in order. KeyError for unknown images."""
     scenes = world.scenes()

@@ -47,8 +47,8 @@ def line_chart(
     ys = [y for line in lines for _, y in line.points]
     x_ticks = nice_ticks(0, max(xs), 4)
     y_ticks = nice_ticks(min(ys), max(ys), 4)
-    frame = _Frame(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
-    parts = _grid(frame, y_ticks, x_ticks, x_label, y_label)
+    frame = Frame(x_ticks[0], x_ticks[-1], y_ticks[0], y_ticks[-1])
+    parts = grid(frame, y_ticks, x_ticks, x_label, y_label)
     for line in lines:
         path = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in line.points)
         parts.append(
@@ -62,7 +62,7 @@ def line_chart(
     ends = "; ".join(
         f"{line.label}: {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}" for line in lines
     )
-    return _svg(numbers, title, f"{y_label} over {x_label}. {ends}.", parts)
+    return svg(numbers, title, f"{y_label} over {x_label}. {ends}.", parts)
 
 
 def histogram_chart(
@@ -74,8 +74,8 @@ def histogram_chart(
     """
     totals = [k + d for k, d in zip(histogram.kept, histogram.dropped, strict=True)]
     decades = max(1, math.ceil(math.log10(max([*totals, 2]))))
-    frame = _Frame(0.0, 1.0, -0.3, float(decades))
-    parts = _grid(
+    frame = Frame(0.0, 1.0, -0.3, float(decades))
+    parts = grid(
         frame,
         [float(k) for k in range(decades + 1)],
         [0, 0.25, 0.5, 0.75, 1],
@@ -104,7 +104,7 @@ def histogram_chart(
             f"kept from {threshold:g}</text>"
         )
     kept, dropped = sum(histogram.kept), sum(histogram.dropped)
-    return _svg(numbers, title, f"{kept:,} kept and {dropped:,} dropped, by itm_prob.", parts)
+    return svg(numbers, title, f"{kept:,} kept and {dropped:,} dropped, by itm_prob.", parts)
 
 
 def range_chart(
@@ -129,11 +129,27 @@ def range_chart(
             )
         parts.append(f'<circle class="dot {style}" cx="{x(measured.value):.1f}" cy="13" r="4"/>')
     said = " to ".join(f"{m.value:.3f}" for m in known)
-    return _svg(numbers, title, f"From {said}, on a scale from 0 to {top:g}.", parts, width, height)
+    return svg(numbers, title, f"From {said}, on a scale from 0 to {top:g}.", parts, width, height)
+
+
+def spark_line(numbers: Numbering, line: Line) -> Markup:
+    """A line through a few points without axes, beside its numbers."""
+    width, height = 180, 26
+    xs, ys = [x for x, _ in line.points], [y for _, y in line.points]
+    span, rise = (max(values) - min(values) or 1.0 for values in (xs, ys))
+    places = [
+        (6 + (width - 12) * (x - min(xs)) / span, height - 6 - (height - 12) * (y - min(ys)) / rise)
+        for x, y in line.points
+    ]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    parts = [f'<polyline class="line {line.style}" points="{path}"/>']
+    parts += [f'<circle class="dot after" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in places]
+    said = ", ".join(f"{y:.3g}" for y in ys)
+    return svg(numbers, line.label, f"Round by round: {said}.", parts, width, height)
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
+class Frame:
     """The plotting area: data to pixels."""
 
     x0: float
@@ -142,14 +158,16 @@ class _Frame:
     y1: float
 
     def x(self, value: float) -> float:
+        """Pixels from the left."""
         return LEFT + (WIDTH - LEFT - RIGHT) * (value - self.x0) / (self.x1 - self.x0)
 
     def y(self, value: float) -> float:
+        """Pixels from the top."""
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - self.y0) / (self.y1 - self.y0)
 
 
-def _grid(
-    frame: _Frame,
+def grid(
+    frame: Frame,
     y_ticks: Sequence[float],
     x_ticks: Sequence[float],
     x_label: str,
@@ -181,7 +199,7 @@ def _grid(
     return parts
 
 
-def _svg(
+def svg(
     numbers: Numbering,
     title: str,
     description: str,
@@ -189,6 +207,7 @@ def _svg(
     width: int = WIDTH,
     height: int = HEIGHT,
 ) -> Markup:
+    """A picture with the title and the description that a screen reader says."""
     name = f"chart-{next(numbers)}"
     return Markup(
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-labelledby="{name}-t {name}-d">'

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from flows.report.audit_facts import AuditFacts
+from flows.report.round_facts import Neighbours
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundFacts:
@@ -184,3 +187,5 @@ class ReportFacts:
     histograms: tuple[Histogram, ...]
     gallery: tuple[GalleryGroup, ...]
     models: tuple[ModelFacts, ...]
+    audit: AuditFacts
+    neighbours: Neighbours

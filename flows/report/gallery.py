@@ -49,6 +49,28 @@ RULES = (
     ),
 )
 
+# (key, query, title, note)
+ASKED = (
+    (
+        "replaced",
+        queries.PICK_REPLACED,
+        "Web text out, synthetic caption in",
+        "What the loop is for: the web text was dropped and a caption of our own stands in for it.",
+    ),
+    (
+        "judge-apart",
+        queries.PICK_APART,
+        "Judge and filter part",
+        "Where the scorer outside the loop differs most from the round's filter.",
+    ),
+    (
+        "changed",
+        queries.PICK_CHANGED,
+        "Most changed since the round before",
+        "The same text of the same picture, seen otherwise by the filter of the round before.",
+    ),
+)
+
 # image_id and the caption_id that it was chosen for
 Pick = tuple[str, str]
 
@@ -62,17 +84,16 @@ def gather_gallery(
     """Up to `limit` pictures for each rule, web and synthetic by turns."""
     if limit == 0:
         return ()
-    replaced = ask(connection, queries.PICK_REPLACED, {**about, "limit": limit})
-    chosen = {"replaced": [(row["image_id"], row["caption_id"]) for row in replaced]}
+    chosen: dict[str, list[Pick]] = {}
+    for key, sql, _, _ in ASKED:
+        rows = ask(connection, sql, {**about, "limit": limit})
+        chosen[key] = list({row["image_id"]: row["caption_id"] for row in rows[::-1]}.items())[::-1]
     for key, kept, order, _, _ in RULES:
         chosen[key] = _pick(connection, about, kept, order, limit)
     images = sorted({image_id for picks in chosen.values() for image_id, _ in picks})
     cards = _Cards(connection, about, images, read_image)
     titles = {key: (title, note) for key, _, _, title, note in RULES}
-    titles["replaced"] = (
-        "Web text out, synthetic caption in",
-        "What the loop is for: the web text was dropped and a caption of our own stands in for it.",
-    )
+    titles |= {key: (title, note) for key, _, title, note in ASKED}
     return tuple(
         GalleryGroup(
             key=key,

@@ -9,6 +9,7 @@ import duckdb
 
 from flows.report import queries
 from flows.report.asking import ReadImage, ask
+from flows.report.audit_facts import gather_audit
 from flows.report.facts import (
     Arms,
     Comparison,
@@ -25,6 +26,7 @@ from flows.report.facts import (
     SourceCount,
 )
 from flows.report.gallery import gather_gallery
+from flows.report.round_facts import gather_neighbours
 
 NUM_BINS = 20
 MAX_LOSSES = 12
@@ -38,7 +40,7 @@ def gather_facts(
     lake: str,
     gallery_pairs: int = 12,
 ) -> ReportFacts:
-    """Everything that the page of a round says. Reads the seven raw views only.
+    """Everything that the page of a round says. Reads the raw tables, and the views of SQL for people.
 
     Raises:
         LookupError: the round has no record.
@@ -64,6 +66,8 @@ def gather_facts(
         histograms=_histograms(connection, about),
         gallery=gather_gallery(connection, about, read_image, gallery_pairs),
         models=models,
+        audit=gather_audit(connection, round),
+        neighbours=gather_neighbours(connection, round),
     )
 
 

@@ -83,6 +83,24 @@ WHERE w.source = 'web' AND NOT w.kept
 GROUP BY w.image_id ORDER BY max(s.liking - w.liking) DESC, w.image_id LIMIT $limit
 """
 
+# Texts of which the judge, a scorer outside the loop, thinks otherwise than the filter.
+PICK_APART = f"""
+WITH {TEXTS}
+SELECT t.image_id, t.caption_id FROM texts t
+JOIN judgements j ON j.caption_id = t.caption_id AND j.round = $round
+WHERE abs(t.itm_prob - j.itm_prob) > 0.1
+ORDER BY abs(t.itm_prob - j.itm_prob) DESC, t.caption_id LIMIT $limit
+"""
+
+# Texts that the filter of the round before saw otherwise: the same web texts, and captions written again.
+PICK_CHANGED = f"""
+WITH {TEXTS}
+SELECT t.image_id, t.caption_id FROM texts t
+JOIN scores b ON b.caption_id = t.caption_id AND b.round = $round - 1
+WHERE abs(t.itm_prob - b.itm_prob) > 0.1
+ORDER BY abs(t.itm_prob - b.itm_prob) DESC, t.caption_id LIMIT $limit
+"""
+
 # $images: the chosen pictures.
 CARD_TEXTS = f"""
 WITH {TEXTS}

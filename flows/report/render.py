@@ -1,4 +1,4 @@
-"""Facts to HTML: one page with its style sheet, charts and pictures inside it, and no script."""
+"""Facts to HTML: one page with its style sheet, charts, pictures and a small script inside it."""
 
 import json
 import math
@@ -11,7 +11,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from flows.report import charts, scales
+from flows.report.audit_parts import audit_parts
 from flows.report.facts import Arms, Comparison, Curve, Measured, ReportFacts
+from flows.report.panel import Panel
+from flows.report.round_facts import Watched
 
 HERE = Path(__file__).parent
 
@@ -58,6 +61,7 @@ STAGES = (
     "score",
     "caption-and-score",
     "decide",
+    "audit",
     "retrain",
     "evaluate",
     "gate",
@@ -73,15 +77,6 @@ class Tile:
     label: str
     figure: str
     note: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Panel:
-    """A chart with the heading above it."""
-
-    title: str
-    note: str
-    svg: Markup
 
 
 def render_report(facts: ReportFacts) -> str:
@@ -105,6 +100,7 @@ def render_report(facts: ReportFacts) -> str:
         interval=_interval,
         run=lambda name: RUNS.get(name, name),
     )
+    environment.filters["at_round"] = lambda points, round: dict(points).get(round)
     numbers = charts.numbering()
     return environment.get_template("template.html.j2").render(
         facts=facts,
@@ -120,7 +116,29 @@ def render_report(facts: ReportFacts) -> str:
         histogram_panels=_histogram_panels(facts, numbers),
         stages=sorted(facts.round.seconds.items(), key=lambda item: _stage_order(item[0])),
         settings=_flat(facts.round.settings),
+        script=Markup((HERE / "page.js").read_text()),
+        **audit_parts(facts.audit, numbers),
+        watched_rows=_watched_rows(facts, numbers),
+        cost_note=_cost_note(facts),
     )
+
+
+def _watched_rows(facts: ReportFacts, numbers: charts.Numbering) -> list[tuple[Watched, Markup]]:
+    """The collapse monitor's figures, each with a line through the rounds once there are two."""
+    rows = []
+    for watched in facts.neighbours.watched:
+        line = charts.Line(label=watched.label, style="run-retrain", points=watched.points)
+        chart = charts.spark_line(numbers, line) if len(watched.points) > 1 else Markup("")
+        rows.append((watched, chart))
+    return rows
+
+
+def _cost_note(facts: ReportFacts) -> str:
+    """What a kept pair cost."""
+    row = next((r for r in facts.neighbours.rounds if r.round == facts.round.round), None)
+    if row is None or not row.seconds_per_kept or not row.kept:
+        return ""
+    return f"{row.seconds_per_kept:.3g} s for each of {row.kept:,} kept pairs."
 
 
 def _headline(facts: ReportFacts) -> str:

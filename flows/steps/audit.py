@@ -12,8 +12,10 @@ import numpy as np
 
 from blip_core import Metric
 from blip_core.filter_figures import filter_metrics, kept_rate
-from blip_core.noise import Noise, NoiseModel, Share, score_ranges
+from blip_core.noise import NoiseModel, rate_draws, score_ranges, share_of_draws
+from blip_core.rates import Rate
 from flows import models
+from flows.audit.planting import WRITTEN
 from flows.session import Run
 from flows.steps.batches import rows_table
 from storage import Clock, PartRef, basis_of, commit_part, committed_part, connect, list_parts
@@ -48,6 +50,22 @@ class CanaryScores:
     of_kind: Mapping[str, np.ndarray]
     of_stratum: Mapping[str, tuple[np.ndarray, np.ndarray]]
     """Scores of true texts and of mismatches."""
+    written: np.ndarray
+    """Scores of what the captioner wrote for canary images."""
+    is_contradicted: np.ndarray
+    """Whether what it wrote is contradicted by all who captioned the image."""
+    people_contradicted: Rate
+    """Human captions that the others of their image contradict: what the sign says of true texts."""
+
+    def wrong_written(self, cut: float = -np.inf) -> Rate:
+        """Contradicted captions among those written that have a score of `cut` or more."""
+        kept = self.written >= cut
+        return Rate(hits=int(self.is_contradicted[kept].sum()), n=int(kept.sum()))
+
+    def written_draws(self, rate: Rate) -> np.ndarray:
+        """Draws (R,) of the share of wrong captions among written ones, of which so many are contradicted."""
+        floor = self.people_contradicted.value if self.people_contradicted.n else 0.0
+        return rate_draws(rate.hits, rate.n, floor=floor)
 
 
 def audit_round(run: Run) -> PartRef:
@@ -102,17 +120,23 @@ def active_policy(con: Any, round: int) -> tuple[str, str]:
 def canary_scores(con: Any, round: int) -> CanaryScores | None:
     """The scores of a round's canaries; None when it has none."""
     rows = con.execute(
-        "SELECT kind, truth, stratum, itm_prob, itc_sim FROM canaries WHERE round = ? "
+        "SELECT kind, truth, stratum, itm_prob, itc_sim, contradicted FROM canaries WHERE round = ? "
         "ORDER BY caption_id, kind",
         [round],
     ).fetchall()
     if not rows:
         return None
+    asked = [bool(row[5]) for row in rows if row[0] == "true" and row[5] is not None]
     number, place = ("itm_prob", 3) if rows[0][3] is not None else ("itc_sim", 4)
     of_kind: dict[str, list[float]] = defaultdict(list)
     of_stratum: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+    written: list[tuple[float, bool]] = []
     for row in rows:
         if row[place] is None or not np.isfinite(row[place]):
+            continue
+        if row[0] == WRITTEN:
+            if row[5] is not None:
+                written.append((row[place], row[5]))
             continue
         of_kind[row[0]].append(row[place])
         of_stratum[row[2]][0 if row[1] else 1].append(row[place])
@@ -120,6 +144,9 @@ def canary_scores(con: Any, round: int) -> CanaryScores | None:
         number=number,
         of_kind={kind: np.array(scores) for kind, scores in of_kind.items()},
         of_stratum={name: (np.array(a), np.array(b)) for name, (a, b) in of_stratum.items()},
+        written=np.array([score for score, _ in written]),
+        is_contradicted=np.array([wrong for _, wrong in written], dtype=bool),
+        people_contradicted=Rate(hits=sum(asked), n=len(asked)),
     )
 
 
@@ -175,27 +202,79 @@ def _by_canaries(con: Any, run: Run) -> Iterator[Metric]:
                 yield Metric(f"filter_{name}", rate.value, rate.n, *rate.interval())
     model = noise_model(scores, cut)
     groups = range_counts(con, run.round, scores.number, model.edges)
-    for source, (texts, kept) in groups.items():
-        yield from _noise_metrics(model.estimate(texts, kept), f"_{source}", texts, kept)
-    if groups:
-        both = model.over(list(groups.values()))
-        together = [np.sum([group[i] for group in groups.values()], axis=0) for i in (0, 1)]
-        yield from _noise_metrics(both, "", together[0], together[1])
+    if len(scores.written):
+        for name, rate in (
+            ("written_contradicted", scores.wrong_written()),
+            ("written_contradicted_kept", scores.wrong_written(cut)),
+            ("people_contradicted", scores.people_contradicted),
+        ):
+            if rate.n:
+                yield Metric(name, rate.value, rate.n, *rate.interval())
+    yield from _noise(scores, cut, model, groups)
     if "web" in groups:
         reached = _threshold_for(model, groups["web"][0], run.settings.audit.precision)
         if reached is not None:
             yield Metric("threshold_for_precision_web", reached, int(groups["web"][0].sum()))
 
 
-def _noise_metrics(
-    noise: Noise, suffix: str, texts: np.ndarray, kept: np.ndarray
-) -> Iterator[Metric]:
-    def metric(name: str, share: Share, n: int) -> Metric:
-        return Metric(f"{name}{suffix}", share.value, n, share.low, share.high)
+def noise_draws(
+    scores: CanaryScores,
+    source: str,
+    model: NoiseModel,
+    texts: np.ndarray,
+    kept: np.ndarray,
+    cut: float,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Draws (R,) of the share of wrong texts of a source among all and among the kept.
 
-    yield metric("noise_before", noise.before, int(texts.sum()))
-    if noise.left is not None:
-        yield metric("noise_left", noise.left, int(kept.sum()))
+    Of web texts by the mixture of scores. Of synthetic captions that is too little: a captioner's errors are of the kind
+    that its sister, the filter, does not see either. What people say of its captions for canary images is too much: it
+    knows the images of the web better, having been pretrained on them. Which of the two is nearer nobody can tell from
+    here, so each gives half of the draws, and the interval reaches over both.
+    """
+    noise = model.noise_of_ranges(texts)
+    before = noise @ (texts / texts.sum())
+    left = noise @ (kept / kept.sum()) if kept.sum() else None
+    if source != "synthetic" or not len(scores.written):
+        return before, left
+    found, found_left = scores.wrong_written(), scores.wrong_written(cut)
+    before = half_of_each(before, scores.written_draws(found))
+    if left is not None and found_left.n:
+        left = half_of_each(left, scores.written_draws(found_left))
+    return before, left
+
+
+def half_of_each(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Draws (R,) of two models that are equally likely to be right."""
+    takes_one = np.random.default_rng(0).permutation(len(one)) < len(one) // 2
+    mixed: np.ndarray = np.where(takes_one, one, other)
+    return mixed
+
+
+def _noise(
+    scores: CanaryScores,
+    cut: float,
+    model: NoiseModel,
+    groups: Mapping[str, tuple[np.ndarray, np.ndarray]],
+) -> Iterator[Metric]:
+    """`noise_before` and `noise_left` by source and together."""
+    drawn: dict[str, list[tuple[np.ndarray, int]]] = {"before": [], "left": []}
+    for source, (texts, kept) in groups.items():
+        both = noise_draws(scores, source, model, texts, kept, cut)
+        for when, draws, n in zip(drawn, both, (texts.sum(), kept.sum()), strict=True):
+            if draws is not None:
+                drawn[when].append((draws, int(n)))
+                yield _share_metric(f"noise_{when}_{source}", draws, int(n))
+    for when, parts in drawn.items():
+        total = sum(n for _, n in parts)
+        if total:
+            together = np.sum([draws * (n / total) for draws, n in parts], axis=0)
+            yield _share_metric(f"noise_{when}", together, total)
+
+
+def _share_metric(name: str, draws: np.ndarray, n: int) -> Metric:
+    share = share_of_draws(draws, n)
+    return Metric(name, share.value, n, share.low, share.high)
 
 
 def _threshold_for(model: NoiseModel, texts: np.ndarray, precision: float) -> float | None:

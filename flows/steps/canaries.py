@@ -1,22 +1,25 @@
-"""Canaries scored: pairs whose truth is known, by the round's scorer and by the frozen judge."""
+"""Canaries scored: pairs whose truth is known, and what the captioner writes for the same images, by the round's
+scorer and by the frozen judge.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from blip_core import PairScore, Scorer
+from blip_core import ImageTransform, PairScore, Scorer
 from flows import models
-from flows.audit.planting import CanaryImage, Planted, plant, stratum, texts_of
+from flows.audit.agreed_words import AgreedWords
+from flows.audit.planting import WRITTEN, CanaryImage, plant, stratum, texts_of
 from flows.errors import MissingInput
 from flows.foreign_models import basis_fields
 from flows.session import Run
 from flows.settings import curate_basis
-from flows.steps.batches import image_batches, rows_table
+from flows.steps.batches import ImageBatch, image_batches, rows_table
 from flows.stream import ImageRow
 from storage import (
     Clock,
+    ModelRef,
     PartRef,
     basis_of,
     caption_id,
@@ -26,12 +29,16 @@ from storage import (
     fingerprint,
 )
 from storage.canaries import images_needed
+from storage.fingerprint import Basis
 
 logger = logging.getLogger(__name__)
 
 STAGE_VERSION = 1
 PART = "canaries"
 BATCH_IMAGES = 64
+
+Text = tuple[str, str]
+"""kind and text"""
 
 _CANARY_IMAGES = """
 SELECT p.image_id, any_value(p.shard), any_value(p."offset"), any_value(p.size),
@@ -43,7 +50,8 @@ WHERE d.is_canary
 GROUP BY p.image_id ORDER BY p.image_id
 """
 _HUMAN_TEXTS = """
-SELECT DISTINCT caption FROM captions WHERE source = 'human' AND status = 'ok' ORDER BY caption
+SELECT list(DISTINCT caption ORDER BY caption) FROM captions
+WHERE source = 'human' AND status = 'ok' GROUP BY image_id ORDER BY image_id
 """
 
 
@@ -56,40 +64,28 @@ def score_canaries(run: Run) -> PartRef:
     images = canary_images(run)
     require_enough(run, len(images))
     scorer, judge = models.scorer_ref(run), models.judge_ref(run)
+    captioner = models.captioner_ref(run)
     with connect(run.lake) as connection:
         human = [row[0] for row in connection.execute(_HUMAN_TEXTS).fetchall()]
-    content = {image.row.image_id: list(image.texts) for image in images}
-    basis = basis_of(
-        "canaries",
-        STAGE_VERSION,
-        curate_basis(run.settings.score)
-        | basis_fields(scorer)
-        | {"seed": run.settings.seed, "judge_id": judge.model_id},
-        [
-            fingerprint("canary-images", 1, content, []),
-            fingerprint("human-texts", 1, {"texts": human}, []),
-        ],
-        scorer.model_id,
-    )
+    basis = _basis(run, images, human, scorer, judge, captioner)
     known = committed_part(
         run.lake, "canaries", PART, round=run.round, basis=basis, on_stale=run.on_stale
     )
     if known is not None:
         return known
     clock = Clock()
-    planted = list(plant(images, human, run.settings.seed))
-    judging = models.scorer_of(run, judge)
-    hardest = _hardest(run, judging, planted)
-    texts = [texts_of(each, hard) for each, hard in zip(planted, hardest, strict=True)]
-    rows = [each.image.row for each in planted]
-    of_judge = _scores(run, judging, rows, texts)
+    texts = _texts(run, images, human, models.scorer_of(run, judge), captioner)
+    rows = [image.row for image in images]
+    of_judge = _scores(run, models.scorer_of(run, judge), rows, texts)
     of_scorer = _scores(run, models.scorer_of(run, scorer), rows, texts)
+    agreed = AgreedWords(human)
     records = [
         {
-            "caption_id": caption_id(row.image_id, "canary", text),
-            "image_id": row.image_id,
+            "caption_id": caption_id(image.row.image_id, kind, text),
+            "image_id": image.row.image_id,
             "kind": kind,
-            "truth": kind == "true",
+            "truth": None if kind == WRITTEN else kind == "true",
+            "contradicted": _contradicted(agreed, text, image),
             "stratum": stratum(text),
             "caption": text,
             "model_id": scorer.model_id,
@@ -100,11 +96,43 @@ def score_canaries(run: Run) -> PartRef:
             "judge_itc_sim": judged.itc_sim,
             "round": run.round,
         }
-        for row, of_image, by_scorer, by_judge in zip(rows, texts, of_scorer, of_judge, strict=True)
-        for (kind, text), mine, judged in zip(of_image.items(), by_scorer, by_judge, strict=True)
+        for image, of_image, by_scorer, by_judge in zip(
+            images, texts, of_scorer, of_judge, strict=True
+        )
+        for (kind, text), mine, judged in zip(of_image, by_scorer, by_judge, strict=True)
     ]
     table = rows_table("canaries", records)
     return commit_part(run.lake, "canaries", PART, table, round=run.round, basis=basis, clock=clock)
+
+
+def _basis(
+    run: Run,
+    images: Sequence[CanaryImage],
+    human: Sequence[Sequence[str]],
+    scorer: ModelRef,
+    judge: ModelRef,
+    captioner: ModelRef,
+) -> Basis:
+    """What the canaries and their scores are made of."""
+    content = {image.row.image_id: list(image.texts) for image in images}
+    return basis_of(
+        "canaries",
+        STAGE_VERSION,
+        curate_basis(run.settings.score)
+        | basis_fields(scorer)
+        | curate_basis(run.settings.caption)
+        | basis_fields(captioner)
+        | {
+            "seed": run.settings.seed,
+            "judge_id": judge.model_id,
+            "captioner_id": captioner.model_id,
+        },
+        [
+            fingerprint("canary-images", 1, content, []),
+            fingerprint("human-texts", 1, {"texts": human}, []),
+        ],
+        scorer.model_id,
+    )
 
 
 def canary_images(run: Run) -> list[CanaryImage]:
@@ -123,27 +151,52 @@ def canary_images(run: Run) -> list[CanaryImage]:
 def require_enough(run: Run, num_images: int) -> None:
     """Raise MissingInput when there are too few canaries to say anything, with what would be needed."""
     least = run.settings.audit.min_canary_images
-    if num_images >= least:
-        return
-    raise MissingInput(
-        f"lake {run.lake.uri} has {num_images} canary images, fewer than audit.min_canary_images {least}: shares "
-        f"would be known to +-0.1 with {images_needed(0.1)} images, to +-0.05 with {images_needed(0.05)} and to "
-        f"+-0.03 with {images_needed(0.03)}. Give more human pairs or a larger audit.canary_share before the first "
-        "round (images that a model was trained on cannot become canaries), or audit.canary_share=0 to do without"
+    if num_images < least:
+        raise MissingInput(too_few(run.lake.uri, num_images, least))
+
+
+def too_few(uri: str, num_images: int, least: int) -> str:
+    """What is missing, and how much would give which interval."""
+    return (
+        f"lake {uri} has {num_images} canary images, fewer than audit.min_canary_images {least}: shares would be known "
+        f"to +-0.1 with {images_needed(0.1)} images, to +-0.05 with {images_needed(0.05)} and to +-0.03 with "
+        f"{images_needed(0.03)}. Give more human pairs or a larger audit.canary_share before the first round (images "
+        "that a model was trained on cannot become canaries), or audit.canary_share=0 to do without"
     )
 
 
-def _hardest(run: Run, judge: Scorer, planted: Sequence[Planted]) -> list[str | None]:
-    """For each image the mismatch that the judge finds most alike."""
-    candidates = [dict(enumerate(each.candidates)) for each in planted]
-    found: list[str | None] = []
-    scores = _scores(run, judge, [each.image.row for each in planted], candidates)
-    for each, of_image in zip(planted, scores, strict=True):
+def _contradicted(agreed: AgreedWords, text: str, image: CanaryImage) -> bool | None:
+    """Whether all others who captioned the image contradict a text; None when there is nobody to ask."""
+    others = [own for own in image.texts if own != text]
+    return bool(agreed.contradicted(text, others)) if agreed.words and others else None
+
+
+def _texts(
+    run: Run,
+    images: Sequence[CanaryImage],
+    human: Sequence[Sequence[str]],
+    judge: Scorer,
+    captioner: ModelRef,
+) -> list[list[Text]]:
+    """For each image its texts, as (kind, text): those of known truth, and what the round's captioner writes."""
+    planted = list(plant(images, [text for texts in human for text in texts], run.settings.seed))
+    candidates = [[(str(i), text) for i, text in enumerate(each.candidates)] for each in planted]
+    liked = _scores(run, judge, [each.image.row for each in planted], candidates)
+    texts: list[list[Text]] = []
+    for each, scores in zip(planted, liked, strict=True):
         numbered = [
-            (likeness(score), text) for score, text in zip(of_image, each.candidates, strict=True)
+            (likeness(score), text) for score, text in zip(scores, each.candidates, strict=True)
         ]
-        found.append(max(numbered)[1] if numbered else None)
-    return found
+        texts.append(list(texts_of(each, max(numbered)[1] if numbered else None).items()))
+    writer = models.captioner_of(run, captioner)
+    for batch in _batches(run, [image.row for image in images], writer.transform):
+        assert batch.pixel_values is not None, "a batch without failures has pictures"
+        ids = [row.image_id for row in batch.rows]
+        place = {image.row.image_id: number for number, image in enumerate(images)}
+        for image_id, captions in zip(ids, writer.caption(batch.pixel_values, ids), strict=True):
+            written = dict.fromkeys(caption.text for caption in captions if caption.text.strip())
+            texts[place[image_id]] += [(WRITTEN, text) for text in written]
+    return texts
 
 
 def likeness(score: PairScore) -> float:
@@ -154,20 +207,23 @@ def likeness(score: PairScore) -> float:
 
 
 def _scores(
-    run: Run,
-    scorer: Scorer,
-    rows: Sequence[ImageRow],
-    texts: Sequence[Mapping[Any, str]],
+    run: Run, scorer: Scorer, rows: Sequence[ImageRow], texts: Sequence[Sequence[Text]]
 ) -> list[list[PairScore]]:
     """Scores of each image's texts. MissingInput when an image cannot be read."""
     found: list[list[PairScore]] = []
-    by_image = {row.image_id: list(of.values()) for row, of in zip(rows, texts, strict=True)}
-    for batch in image_batches(run, rows, scorer.transform, BATCH_IMAGES):
+    by_image = {row.image_id: [text for _, text in of] for row, of in zip(rows, texts, strict=True)}
+    for batch in _batches(run, rows, scorer.transform):
+        assert batch.pixel_values is not None, "a batch without failures has pictures"
+        found += scorer.score(batch.pixel_values, [by_image[row.image_id] for row in batch.rows])
+    return found
+
+
+def _batches(run: Run, rows: Sequence[ImageRow], transform: ImageTransform) -> Iterator[ImageBatch]:
+    """The images in batches. MissingInput when one cannot be read."""
+    for batch in image_batches(run, rows, transform, BATCH_IMAGES):
         for row, error in batch.failed:
             raise MissingInput(
                 f"canary image {row.image_id} of shard {row.shard} cannot be read ({error}): run `bootstrap repair`, "
                 "then `bootstrap ingest`"
             )
-        assert batch.pixel_values is not None, "a batch without failures has pictures"
-        found += scorer.score(batch.pixel_values, [by_image[row.image_id] for row in batch.rows])
-    return found
+        yield batch

@@ -48,6 +48,10 @@ class Verdict:
     why: str
     findings: tuple[Finding, ...]
 
+    def __str__(self) -> str:
+        """What a person wants to read of it."""
+        return f"{self.status}: {self.why}"
+
     @property
     def promoted(self) -> bool:
         """Whether the challenger becomes the champion."""

@@ -98,7 +98,10 @@ def hold(
     compared = _compared(rule, figure, reference, paired)
     held = compared.value if rule.end == "value" else getattr(compared, rule.end)
     if held is None or not math.isfinite(held):
-        return _absent(name, rule, f"{rule.metric} {figure.value:.4g} cannot be compared")
+        missing = "number" if rule.end == "value" else "interval"
+        return _absent(
+            name, rule, f"{rule.metric} {figure.value:.4g} gives no {missing} to compare"
+        )
     right = held >= rule.limit if rule.direction == "at_least" else held <= rule.limit
     return Finding(
         name=name,

@@ -29,8 +29,8 @@ SELECT
         WHEN number IS NULL AND score_error IS NOT NULL THEN 'not scored: ' || score_error
         WHEN number IS NULL THEN 'not scored'
         WHEN cut IS NULL    THEN 'share 0 keeps nothing'
-        WHEN number >= cut  THEN $ranked_by || format(' >= {:.4f}, the cut of ', cut) || source
-        ELSE format('{} {:.4f} < {:.4f}, the cut of ', $ranked_by, number, cut) || source
+        WHEN number >= cut  THEN $ranked_by || format(' >= {:.4f}, the cut of ', cut) || source || ' texts'
+        ELSE format('{} {:.4f} < {:.4f}, the cut of ', $ranked_by, number, cut) || source || ' texts'
     END AS reason
 FROM ranked
 LEFT JOIN cuts USING (source)

@@ -3,6 +3,7 @@
 import json
 import math
 from datetime import UTC, datetime
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 
 from flows.quickstart.world import World
 from storage import layout
+from storage.catalog import VIEWS
 from storage.fingerprint import basis_of
 from storage.ids import caption_id
 from storage.lake import Lake
@@ -37,6 +39,8 @@ class LakeTables:
                 self._add_web(place, row, rng)
         self._add_models()
         self._add_metrics()
+        self._add_audit()
+        self._add_rules()
         self._add_round()
 
     def table(self, name: str) -> pa.Table:
@@ -45,12 +49,18 @@ class LakeTables:
         return conform(name, pa.Table.from_pylist(data, schema=schema))
 
     def connect(self) -> duckdb.DuckDBPyConnection:
-        """The tables alone, in memory."""
+        """The tables, in memory, with the views over them."""
         connection = duckdb.connect()
         for name in self.rows:
             connection.register("arrow", self.table(name))
             connection.execute(f"CREATE TABLE {name} AS FROM arrow")
             connection.unregister("arrow")
+        connection.execute("CREATE VIEW active_decisions AS FROM decisions")
+        connection.execute("CREATE VIEW model_records AS FROM models")
+        for view in VIEWS:
+            if view not in ("models", "lineage"):
+                sql = files("storage").joinpath("sql", f"{view}.sql")
+                connection.execute(sql.read_text("utf-8"))
         return connection
 
     def commit(self, uri: str) -> Lake:
@@ -60,6 +70,7 @@ class LakeTables:
             lake.root.write_bytes(layout.shard(image_id), file.read_bytes())
         for name in self.rows:
             rounds = {"captions": 1, "scores": 1, "decisions": 1, "metrics": 1, "rounds": 1}
+            rounds |= {"canaries": 1, "judgements": 1, "gate_rules": 1}
             basis = basis_of("test", 1, {}, [])
             part = "blip" if name == "decisions" else "test"
             commit_part(lake, name, part, self.table(name), round=rounds.get(name), basis=basis)
@@ -150,6 +161,44 @@ class LakeTables:
     ) -> None:
         row = {"model_id": model_id, "dataset": dataset, "metric": metric, "value": value}
         self.rows["metrics"].append({"round": 0 if model_id == RAW else 1, **row, **more})
+
+    def _add_audit(self) -> None:
+        rng = np.random.default_rng(2)
+        shapes = {"true": (9, 1), "random": (1, 9), "hard": (1, 3), "swapped": (2, 2)}
+        for number in range(60):
+            for kind, shape in shapes.items():
+                ids = {"caption_id": f"{number:028x}{kind[:4]}", "image_id": f"{number:032x}"}
+                number_of = {"itm_prob": float(rng.beta(*shape)), "itc_sim": 0.1}
+                known = {"kind": kind, "truth": kind == "true", "stratum": "short"}
+                models = {"model_id": FILTER, "judge_id": FILTER, "caption": "red rings on white"}
+                self.rows["canaries"].append({**ids, **number_of, **known, **models, "round": 1})
+        for dataset, metric, value in (
+            ("canaries", "filter_recall", 0.93),
+            ("canaries", "filter_false_keep_swapped", 0.5),
+            ("canaries", "noise_left", 0.04),
+            ("judge", "judge_agreement", 0.97),
+            ("captions", "distinct_share", 0.61),
+            ("captions", "self_bleu", 0.52),
+        ):
+            self._measure(FILTER, dataset, metric, value, n=60, low=value - 0.03, high=value + 0.02)
+
+        for row in self.rows["scores"][::6]:  # the judge thinks otherwise of half of them
+            judged = {name: row[name] for name in ("caption_id", "image_id", "itc_sim")}
+            likes = abs(row["itm_prob"] - len(self.rows["judgements"]) % 2)
+            about = {"source": "web", "model_id": FILTER, "itm_prob": likes, "round": 1}
+            self.rows["judgements"].append(judged | about)
+
+    def _add_rules(self) -> None:
+        for rule, value, outcome in (
+            ("recall_clearly_worse", 0.319, "pass"),
+            ("distinct_share_first", None, "not measured"),
+            ("matched_share_least", 0.04, "fail"),
+        ):
+            about = {"rule": rule, "dataset": "heldout", "metric": "mean_recall", "round": 1}
+            asked = {"limit": 0.1, "direction": "at_least", "against": "champion"}
+            found = {"value": value, "outcome": outcome, "verdict_if_failed": "person"}
+            why = f"{rule} <b>in words</b>"
+            self.rows["gate_rules"].append({**about, **asked, **found, "why": why})
 
     def _add_round(self) -> None:
         seconds = {"ingest": 52.1, "pretrain": 131.0, "captioner": 28.4, "filter": 31.9}

@@ -12,8 +12,8 @@ from PIL import Image
 
 from blip_core import MED, ConfigError, MEDConfig, MEDTokenizer, build_model, load_model, save_model
 from flows.errors import MissingInput, SettingsError
-from flows.export import export_model, write_folder
 from flows.finetune import WORK, finetune
+from flows.model_export import export_model, write_folder
 from flows.settings import BootstrapSettings, parse_settings
 from storage import Lake, ModelRef, registry
 

@@ -250,11 +250,28 @@ def test_filter_that_is_clearly_less_precise_on_canaries_is_refused(
 
 
 def test_judge_that_parts_from_the_filter_asks_a_person(even: MadeUp) -> None:
-    even.figures(1, "judge", judge_agreement=0.9)
-    even.figures(2, "judge", judge_agreement=0.7)
+    even.figures(1, "judge", judge_agreement=(0.9, 0.87, 0.93))
+    even.figures(2, "judge", judge_agreement=(0.7, 0.66, 0.74))
     verdict = even.judge()
     assert verdict.status == "needs a person"
+    assert str(verdict).startswith("needs a person: judge_agreement_first: ")
     assert "judge_agreement 0.7 of filter 2fffffff is -0.2000" in verdict.why
+
+
+def test_captions_that_the_judge_outside_the_loop_calls_wrong_are_refused(even: MadeUp) -> None:
+    even.figures(1, "judge", judge_synthetic=(0.8, 0.75, 0.85))
+    even.figures(2, "judge", judge_synthetic=(0.3, 0.25, 0.35))
+    verdict = even.judge()
+    assert verdict.status == "refused"
+    assert verdict.why.startswith("judge_synthetic_first: ")
+
+
+def test_rule_on_an_interval_is_not_held_where_there_is_none(even: MadeUp) -> None:
+    even.figures(1, "judge", judge_agreement=0.9)
+    even.figures(2, "judge", judge_agreement=0.1)
+    verdict = even.judge()
+    assert _outcomes(verdict)["judge_agreement_first"] == "not measured"
+    assert verdict.status == "promoted"
 
 
 def test_rule_whose_figure_is_missing_says_so_and_may_ask_a_person(even: MadeUp) -> None:

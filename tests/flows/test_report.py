@@ -89,7 +89,8 @@ def test_gather_facts_of_a_round_scored_by_cosines_alone(tables: LakeTables) -> 
     assert proposed.rows == scored.rows == 240 > kept.rows > 0
     assert [loss.reason.split(": ")[1] for loss in scored.losses] == ["itc_sim < 0.2"] * 2
     assert facts.histograms == ()
-    assert all(group.cards for group in facts.gallery)
+    by_number = ("judge-apart", "changed")  # of itm_prob, which this scorer lacks
+    assert all(group.cards for group in facts.gallery if group.key not in by_number)
     assert facts.arms is not None
     assert (facts.arms.before_id, facts.arms.after_id) == (RAW, CLEAN)
     assert "trained elsewhere" in render_report(facts)
@@ -194,6 +195,48 @@ def test_gather_gallery_picks_the_surest_and_the_closest(
     assert all(card.thumbnail.startswith("data:image/jpeg;base64,") for card in groups["replaced"])
 
 
+def test_gather_gallery_shows_where_judge_and_filter_part(
+    tables: LakeTables, facts: ReportFacts
+) -> None:
+    (apart,) = [group for group in facts.gallery if group.key == "judge-apart"]
+    judged = {row["caption_id"]: row["itm_prob"] for row in tables.rows["judgements"]}
+    gaps = {
+        row["caption_id"]: abs(row["itm_prob"] - judged[row["caption_id"]])
+        for row in tables.rows["scores"]
+        if row["caption_id"] in judged
+    }
+    assert len(apart.cards) == min(12, sum(gap > 0.1 for gap in gaps.values()))
+    widest = max(gaps, key=lambda name: gaps[name])
+    first = next(row for row in tables.rows["scores"] if row["caption_id"] == widest)
+    assert apart.cards[0].texts[0].itm_prob == first["itm_prob"]
+
+
+def test_gather_gallery_shows_what_changed_since_the_round_before(tables: LakeTables) -> None:
+    with tables.connect() as connection:
+        connection.execute(
+            "INSERT INTO scores BY NAME SELECT * REPLACE (0 AS round, 1 - itm_prob AS itm_prob) "
+            "FROM scores ORDER BY caption_id LIMIT 5"
+        )
+        found = gather_facts(connection, 1, tables.read_image, lake="lake").gallery
+    (changed,) = [group for group in found if group.key == "changed"]
+    assert 0 < len(changed.cards) <= 5
+
+
+def test_gather_facts_takes_the_audit_and_the_rules(facts: ReportFacts) -> None:
+    assert {curve.kind for curve in facts.audit.curves} == {"random", "hard", "swapped"}
+    for curve in facts.audit.curves:
+        assert (curve.points[0], curve.points[-1]) == ((0.0, 0.0), (1.0, 1.0))
+    assert sum(each.n for each in facts.audit.bins) == 240
+    web = [point for point in facts.audit.sweep if point.source == "web"]
+    assert [point.kept for point in web] == sorted((p.kept for p in web), reverse=True)
+    assert web[0].kept == web[0].texts == 120
+    at_half = next(point for point in web if point.threshold == 0.5)
+    assert at_half.noise is not None
+    assert at_half.noise.low <= at_half.noise.value <= at_half.noise.high
+    assert [rule.outcome for rule in facts.neighbours.rules] == ["fail", "pass", "not measured"]
+    assert facts.neighbours.num_failed == 1
+
+
 def test_gather_gallery_leaves_out_a_picture_that_cannot_be_read(tables: LakeTables) -> None:
     def read_image(shard: str, offset: int, size: int) -> bytes:
         raise CorruptShard(f"shard {shard} is gone")
@@ -221,7 +264,7 @@ def test_gather_facts_of_a_round_that_has_only_begun_renders(tables: LakeTables)
 def test_render_report_is_the_same_twice_and_keeps_markup_as_text(facts: ReportFacts) -> None:
     page = render_report(facts)
     assert page == render_report(facts)
-    assert "<script" not in page
+    assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert len(page.encode()) < 5_000_000
 
@@ -230,7 +273,7 @@ def test_build_report_writes_one_page_into_the_lake(tables: LakeTables, tmp_path
     lake = tables.commit(str(tmp_path / "lake"))
     path = build_report(lake, 1, gallery_pairs=3)
     page = lake.root.read_bytes(path)
-    assert page.count(b"data:image/jpeg;base64,") == 15
+    assert page.count(b"data:image/jpeg;base64,") == 18
     assert b"Mean recall rose from 0.168 to 0.487" in page
     build_report(lake, 1, gallery_pairs=3)
     assert lake.root.read_bytes(path) == page
@@ -309,11 +352,45 @@ def test_page_fits_and_is_quiet_in_a_real_browser(
         "return [innerWidth, document.documentElement.scrollWidth <= innerWidth]"
     ) == [width, True]
     images = browser.execute_script("return [...document.images].map(i => i.naturalWidth)")
-    assert (len(images), min(images)) == (60, 64)
+    assert (len(images), min(images)) == (72, 64)
     assert _requested(browser) == [page_url]
     ink, paper = (_luminance(browser, name) for name in ("color", "backgroundColor"))
     assert (ink > paper) == (scheme == "dark")
     assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) > 7
+
+
+def test_slider_shows_the_counts_of_its_threshold(
+    browser: Any, page_url: str, facts: ReportFacts
+) -> None:
+    browser.get(page_url)
+    browser.execute_script(
+        "const s = document.getElementById('threshold'); s.value = 16;"
+        "s.dispatchEvent(new Event('input'))"
+    )
+    cells = browser.execute_script(
+        "return [...document.querySelectorAll('#sweep-now tr[data-source=web] td')].map(c => c.textContent)"
+    )
+    point = next(p for p in facts.audit.sweep if (p.source, p.threshold) == ("web", 0.8))
+    assert cells[0] == f"{point.kept:,}"
+    assert point.noise is not None
+    assert cells[2].startswith(f"{point.noise.value:.3f}")
+    said = browser.execute_script("return document.getElementById('threshold').ariaValueText")
+    assert said in ("threshold 0.80", None)
+
+
+def test_gallery_is_narrowed_by_keyboard(browser: Any, page_url: str) -> None:
+    from selenium.webdriver.common.by import By
+
+    browser.get(page_url)
+    browser.find_element(By.CSS_SELECTOR, "#gallery-filter [name=fate]").send_keys("dropped")
+    shown = browser.execute_script(
+        "return [...document.querySelectorAll('#gallery li[data-fate]')]"
+        ".filter(c => c.offsetParent !== null).map(c => c.dataset.fate)"
+    )
+    assert shown
+    assert set(shown) == {"dropped"}
+    count = browser.execute_script("return document.getElementById('gallery-count').textContent")
+    assert count == f"{len(shown)} pictures"
 
 
 def test_page_can_be_read_aloud(browser: Any, page_url: str) -> None:

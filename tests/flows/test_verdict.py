@@ -41,7 +41,13 @@ def lake_views(world: World) -> Iterator[duckdb.DuckDBPyConnection]:
             ids = {**image, "caption_id": f"{source}-{row['image_id']}"}
             captions.append({**ids, "caption": text, "status": "ok", "round": round})
             kept = source == "web" and row["noise_kind"] in ("", "one_word")
-            fate = {"source": source, "kept": kept, "round": 1, "policy": "blip"}
+            fate = {
+                "source": source,
+                "kept": kept,
+                "round": 1,
+                "policy": "blip",
+                "generation": "blip",
+            }
             decisions.append({**ids, **fate})
     for name, rows in (("pairs", pairs), ("captions", captions), ("decisions", decisions)):
         connection.register(name, pa.Table.from_pylist(rows))

@@ -1,0 +1,185 @@
+"""Everything known of one image, text or address: where it came from, what was said of it, decided, and trained on."""
+
+import re
+from bisect import bisect_left
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from storage import catalog, layout
+from storage.errors import ConfigError
+from storage.lake import Lake
+from storage.parts_sql import rows_of
+from storage.tables import list_parts
+
+MOST_IMAGES = 20
+"""Images that one address may have stood for; more are counted and not shown."""
+
+_ID = re.compile(r"[0-9a-f]{32}")
+
+_PAIRS = """
+SELECT pool, source_name, url, alt_text, status, reason, attempts, shard, "offset", size, width, height, image_id,
+    fetched_at, licence
+FROM pairs WHERE {where} ORDER BY pool, "row"
+"""
+_TEXTS = """
+SELECT caption_id, source, caption, status, round, model_id AS captioner_id, top_p, seed, "index", mean_logprob,
+    finish_reason
+FROM captions WHERE image_id = $id ORDER BY source DESC, round, "index", caption_id
+"""
+_SCORES = """
+SELECT caption_id, round, model_id AS filter_id, itm_prob, itc_sim, status, error
+FROM scores WHERE image_id = $id ORDER BY round, filter_id
+"""
+_DECISIONS = """
+SELECT d.caption_id, d.round, d.policy, d.params, d.generation, d.kept, d.reason,
+    a.generation IS NOT NULL AS counts
+FROM decisions d LEFT JOIN active_policies a USING (round, generation)
+WHERE d.image_id = $id ORDER BY d.round, d.generation
+"""
+_MODELS = """
+SELECT model_id, any_value(role) AS role, min(round) AS round, any_value(trained_on) AS trained_on
+FROM models WHERE trained_on IS NOT NULL GROUP BY model_id ORDER BY round, role
+"""
+
+
+def why(lake: Lake, asked: str, memory_limit: str = "2GB") -> dict[str, Any]:
+    """What is known of an image_id, a caption_id or an address, as plain data.
+
+    `rows` are the input rows that are meant, `images` the images they gave, each with its texts. Raises
+    ConfigError when nothing of that name is in the lake.
+    """
+    with catalog.connect(lake, memory_limit) as con:
+        caption_id, rows = None, []
+        if _ID.fullmatch(asked):
+            rows = _ask(con, _PAIRS.format(where="image_id = $id"), asked)
+            if not rows and (image_id := _image_of(con, asked)):
+                caption_id = asked
+                rows = _ask(con, _PAIRS.format(where="image_id = $id"), image_id)
+        else:
+            rows = _ask(con, _PAIRS.format(where="url = $id"), asked)
+        if not rows:
+            raise ConfigError(
+                f"nothing in {lake.uri} is called {asked!r}: give an image_id or a caption_id (32 hex digits each) or "
+                'an address exactly as it was listed; to search, `bootstrap sql "SELECT url, image_id FROM pairs '
+                "WHERE url LIKE '%...%' LIMIT 10\"`"
+            )
+        found = list(dict.fromkeys(row["image_id"] for row in rows if row["image_id"]))
+        models = _ask(con, _MODELS, None)
+        images = [
+            _image(lake, con, image_id, caption_id, models) for image_id in found[:MOST_IMAGES]
+        ]
+    return {
+        "asked": asked,
+        "rows": rows,
+        "images": images,
+        "images_not_shown": max(0, len(found) - MOST_IMAGES),
+    }
+
+
+def _image(
+    lake: Lake,
+    con: duckdb.DuckDBPyConnection,
+    image_id: str,
+    caption_id: str | None,
+    models: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """One image with its texts; of one caption alone when that was asked for."""
+    _only_shards_of(lake, con, image_id)
+    texts = _ask(con, _TEXTS, image_id)
+    scores, decisions = _ask(con, _SCORES, image_id), _ask(con, _DECISIONS, image_id)
+    trained = [(model, _rows_trained_on(lake, model["trained_on"], image_id)) for model in models]
+    for text in texts:
+        own = text["caption_id"]
+        text["scores"] = _of(scores, own)
+        text["decisions"] = _of(decisions, own)
+        text["trained"] = [
+            {name: model[name] for name in ("model_id", "role", "round", "trained_on")}
+            for model, rows in trained
+            if rows is not None and (text["caption"], text["source"]) in rows
+        ]
+    if caption_id is not None:
+        texts = [text for text in texts if text["caption_id"] == caption_id]
+    reserved = con.execute(
+        "SELECT count(*) FROM reserved WHERE image_id = $id", {"id": image_id}
+    ).fetchall()
+    return {
+        "image_id": image_id,
+        "held_back": bool(reserved[0][0]),
+        "texts": texts,
+        "models_looked_at": len(models),
+        "training_sets_gone": [model["model_id"] for model, rows in trained if rows is None],
+    }
+
+
+def _image_of(con: duckdb.DuckDBPyConnection, caption_id: str) -> str | None:
+    rows = con.execute(
+        "SELECT image_id FROM captions WHERE caption_id = $id LIMIT 1", {"id": caption_id}
+    ).fetchall()
+    return str(rows[0][0]) if rows else None
+
+
+def _only_shards_of(lake: Lake, con: duckdb.DuckDBPyConnection, image_id: str) -> None:
+    """Let `captions` and `scores` be those of the image's shards: parts made from a shard share its name."""
+    rows = con.execute(
+        "SELECT DISTINCT shard FROM pairs WHERE image_id = $id AND status = 'ok'", {"id": image_id}
+    ).fetchall()
+    shards = {row[0] for row in rows}
+    for table in ("captions", "scores"):
+        parts = list_parts(lake, table)
+        near = [part for part in parts if part.name in shards]
+        if near:
+            con.execute(f"CREATE OR REPLACE TEMP VIEW {table} AS {rows_of(lake, table, near)}")
+
+
+def _rows_trained_on(lake: Lake, fingerprint: str, image_id: str) -> set[tuple[str, str]] | None:
+    """(caption, source) of an image in a training set, whose rows are sorted by image; None when its file is gone."""
+    try:
+        with lake.root.open(layout.trainset(fingerprint)) as f:
+            reader = pa.ipc.open_file(f)
+            firsts = _Firsts(reader)
+            # Rows of one image may begin in the batch before the first that begins with it.
+            place = max(0, bisect_left(firsts, image_id) - 1)
+            found: set[tuple[str, str]] = set()
+            for number in range(place, reader.num_record_batches):
+                batch = reader.get_batch(number)
+                ids = batch.column("image_id")
+                if ids[0].as_py() > image_id:
+                    break
+                mine = batch.filter(pc.equal(ids, image_id))
+                found |= set(
+                    zip(
+                        mine.column("caption").to_pylist(),
+                        mine.column("source").to_pylist(),
+                        strict=True,
+                    )
+                )
+            return found
+    except FileNotFoundError:
+        return None
+
+
+class _Firsts:
+    """The first image_id of each batch, read when asked for."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+
+    def __len__(self) -> int:
+        return int(self._reader.num_record_batches)
+
+    def __getitem__(self, number: int) -> str:
+        return str(self._reader.get_batch(number).column("image_id")[0].as_py())
+
+
+def _of(rows: list[dict[str, Any]], caption_id: str) -> list[dict[str, Any]]:
+    mine = (row for row in rows if row["caption_id"] == caption_id)
+    return [{name: value for name, value in row.items() if name != "caption_id"} for row in mine]
+
+
+def _ask(con: duckdb.DuckDBPyConnection, sql: str, wanted: str | None) -> list[dict[str, Any]]:
+    cursor = con.execute(sql, {"id": wanted} if wanted is not None else None)
+    names = [column[0] for column in cursor.description or ()]
+    return [dict(zip(names, row, strict=True)) for row in cursor.fetchall()]
