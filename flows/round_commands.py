@@ -79,10 +79,12 @@ def _one_round(lake: Lake, options: argparse.Namespace) -> int:
     if options.format != "table":
         _print(asked, options.format)
     else:
-        rules = asked.to_pylist()
-        measured = [index for index, row in enumerate(rules) if row["value"] is not None]
-        _print(asked.take(measured), "table")
-        absent = [row["rule"] for row in rules if row["value"] is None]
+        measured = asked.column("value").is_valid()
+        if asked.num_rows:
+            _print(asked.filter(measured), "table")
+        else:
+            _say("no rules: the round has not been judged yet, or was by a version without them")
+        absent = asked.column("rule").filter(asked.column("value").is_null()).to_pylist()
         if absent:
             _say(f"not measured: {', '.join(absent)}")
         _print(query(lake, COSTS_SQL, of), "table")

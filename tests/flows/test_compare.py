@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from flows.comparison.figure import figure_svg, panel_svg
 from flows.comparison.table import Comparison, compared
 from flows.comparison.words import markdown, notes, sentences
 from flows.errors import MissingInput, SettingsError
+from flows.report.facts import ReportFacts
+from flows.report.gather import gather_facts
 from flows.session import Run, open_beside
 from flows.settings import parse_settings
 from flows.steps.arms import plan_arms, run_arm
-from storage import Lake, drop_part, list_parts, query, registry
+from storage import Lake, connect, drop_part, list_parts, query, read_image, registry
 from storage.errors import ConfigError
 
 POLICIES = ["raw", "web_filtered", "percentile:share=0.4"]
@@ -156,8 +159,15 @@ def test_a_comparison_leaves_its_round_as_it_was(
     for view in ("verdicts", "clean", "compare_rounds", "funnel", "noise"):
         first, second = (query(lake, f"FROM {view}").to_pylist() for lake in lakes)
         assert _sorted(first) == _sorted(second), view
+    assert _facts(lakes[0]) == _facts(lakes[1])
     champion = [registry.champion(lake) for lake in lakes]
     assert champion[0] == champion[1]
+
+
+def _facts(lake: Lake) -> ReportFacts:
+    """What the report of round 1 says."""
+    with connect(lake, as_of=1) as connection:
+        return gather_facts(connection, 1, partial(read_image, lake), lake="lake", gallery_pairs=2)
 
 
 def _sorted(rows: list[dict[str, Any]]) -> list[str]:
@@ -276,8 +286,10 @@ def test_an_arm_with_the_rounds_own_weights_does_not_take_them_along(
 ) -> None:
     cycle = copied(done[0], tmp_path)
     lake = Lake.open(str(cycle.lake))
+    before = _facts(lake)
     # The round's policy, steps and seed: the very training of the round.
     _compare(cycle, policies=["blip"], seeds=1, steps=9)
+    assert _facts(lake) == before, "the round's report tells of the arm"
     (arm,) = query(lake, "SELECT model_id FROM arms WHERE steps = 9").to_pylist()
     own = registry.find(lake, "med", 1)
     assert own is not None
