@@ -169,7 +169,7 @@ class Selection:
 
 @contextmanager
 def select(
-    lake: Lake, round: int, part: PartRef, with_human: bool, memory_limit: str = "2GB"
+    lake: Lake, round: int, part: PartRef, with_human: bool, memory_limit: str = "1GB"
 ) -> Iterator[Selection]:
     """Find what a decision of a round keeps and may leave the lake."""
     with (
