@@ -39,6 +39,11 @@ ROUNDS = (
     ("as usual", None, "promoted"),
 )
 
+DECISIVE_SQL = """
+SELECT round, string_agg('`' || rule || '`: ' || why, '<br>' ORDER BY rule) AS why
+FROM gate_rules WHERE outcome = 'fail' AND verdict_if_failed = 'refuse' GROUP BY round
+"""
+
 
 def main() -> None:
     """Run the rounds that are not there yet, check the verdicts, write the page."""
@@ -130,11 +135,13 @@ def _check(lake: Lake) -> None:
 def _write(out: Path, lake: Lake, work: Path, took: list[float]) -> None:
     """The page with the commands' own output, and its two pictures."""
     rows = query(lake, "FROM compare_rounds ORDER BY round").to_pylist()
+    decisive = {row["round"]: row["why"] for row in query(lake, DECISIVE_SQL).to_pylist()}
     (out / "rounds.svg").write_text(figures_svg(rows), encoding="utf-8")
     (out / "rounds_captions.svg").write_text(caption_sheet(lake, len(rows)), encoding="utf-8")
     lines = [
         "# A gate that refuses",
-        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores ({platform.machine()}), no GPU. "
+        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} CPU cores ({platform.machine()}), no GPU, load average at the "
+        f"end {os.getloadavg()[2]:.0f}. "
         f"`make demo-rounds`: {sum(took) / 60:.0f} minutes for four rounds "
         f"({', '.join(f'{seconds:.0f} s' for seconds in took)}). One seed, one run; the world is the "
         "quickstart's with half the pictures and 300 steps.",
@@ -142,9 +149,10 @@ def _write(out: Path, lake: Lake, work: Path, took: list[float]) -> None:
         "anybody's own captioner (`benchmarks/sabotaged_captioners.py`). Everything else is as in round 1.",
         "| round | captioner | verdict | why |\n|---|---|---|---|\n"
         + "\n".join(
-            f"| {row['round']} | {what} | **{row['status']}** | {row['why']} |"
+            f"| {row['round']} | {what} | **{row['status']}** | {decisive.get(row['round'], row['why'])} |"
             for row, (what, _, _) in zip(rows, ROUNDS, strict=True)
         ),
+        *_by_recall_alone(rows),
         "![figures by round](rounds.svg)",
         "The same pictures in every round, with what the round's captioner wrote and what its filter said:",
         "![captions by round](rounds_captions.svg)",
@@ -155,6 +163,22 @@ def _write(out: Path, lake: Lake, work: Path, took: list[float]) -> None:
         ),
     ]
     (out / "rounds.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _by_recall_alone(rows: list[dict[str, Any]]) -> list[str]:
+    """What a gate that looks at recall and nothing else would have done with the refused rounds."""
+    passed = [
+        f"{row['round']} ({row['recall_gain']:+.3f}, {row['recall_gain_low']:+.3f} to {row['recall_gain_high']:+.3f})"
+        for row in rows
+        if row["status"] == "refused" and (row["recall_gain"] or 0) > 0
+    ]
+    if not passed:
+        return []
+    return [
+        f"A gate of recall alone would have promoted round {' and round '.join(passed)}: the filter drops what the "
+        "sabotaged captioner writes, and the new model learns from the web texts that are left, with a better filter "
+        "than before. The next round's captioner would not be better for it, and the clean set has lost its synthetic half."
+    ]
 
 
 if __name__ == "__main__":

@@ -27,6 +27,13 @@ SELECT rule, CASE outcome WHEN 'fail' THEN 'fail: ' || verdict_if_failed ELSE ou
 FROM gate_rules WHERE round = $round
 ORDER BY CASE outcome WHEN 'fail' THEN 0 WHEN 'pass' THEN 1 ELSE 2 END, rule
 """
+SHOWN_SQL = f"""
+SELECT rule, outcome, printf('%.4g', value) AS value,
+       coalesce(printf('%.3f to %.3f', low, high), '') AS interval,
+       asked || CASE "against" WHEN 'nothing' THEN '' ELSE ' of ' || "against" END AS asked
+FROM ({RULES_SQL}) WHERE value IS NOT NULL
+ORDER BY CASE WHEN starts_with(outcome, 'fail') THEN 0 ELSE 1 END, rule
+"""
 COSTS_SQL = "SELECT stage, seconds, device_seconds, share FROM round_costs WHERE round = $round"
 
 Command = Callable[[argparse.Namespace], int]
@@ -79,9 +86,8 @@ def _one_round(lake: Lake, options: argparse.Namespace) -> int:
     if options.format != "table":
         _print(asked, options.format)
     else:
-        measured = asked.column("value").is_valid()
         if asked.num_rows:
-            _print(asked.filter(measured), "table")
+            _print(query(lake, SHOWN_SQL, of), "table")
         else:
             _say("no rules: the round has not been judged yet, or was by a version without them")
         absent = asked.column("rule").filter(asked.column("value").is_null()).to_pylist()

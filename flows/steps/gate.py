@@ -97,10 +97,13 @@ def _verdict(headline: str, findings: tuple[Finding, ...], by_hand: str | None) 
         status = "refused"
     elif asking or by_hand:
         status = "needs a person"
-    reasons = [f"{f.name}: {f.why}" for f in (*refusing, *asking)]
+    told = refusing or asking
+    reasons = [f"{f.name}: {f.why}" for f in told]
+    if refusing and asking:
+        reasons.append(f"a person would be asked for {', '.join(f.name for f in asking)}")
     if by_hand:
         reasons.append(by_hand)
-    if not any(f.rule.is_headline for f in (*refusing, *asking)):
+    if not any(f.rule.is_headline for f in told):
         reasons.append(headline)
     counts = [sum(f.outcome == name for f in findings) for name in get_args(Outcome)]
     reasons.append(
