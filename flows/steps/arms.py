@@ -17,6 +17,7 @@ from flows.errors import SettingsError
 from flows.session import Run
 from flows.settings import BootstrapSettings, model_basis, train_basis
 from flows.steps.batches import rows_table
+from flows.steps.heldout import held_out
 from flows.steps.measure_arm import drop_measured, is_measured, measure_arm, measuring_basis
 from flows.steps.plan import ALL_OBJECTIVES, TrainPlan
 from flows.steps.policy_texts import PolicyTexts, policy_texts
@@ -71,6 +72,7 @@ def plan_arms(run: Run) -> list[Arm]:
             "retrain.sql (or pretrain.sql) says what is trained on, but an arm is trained on what its policy "
             "keeps: leave it out, or write the rule as a policy"
         )
+    held_out(run)
     shared = canonical(
         {
             "train": train_basis(own) | {"objectives": list(ALL_OBJECTIVES)},
@@ -79,8 +81,8 @@ def plan_arms(run: Run) -> list[Arm]:
             "measured": measuring_basis(run),
         }
     )
-    _refuse_other_settings(run, own.steps, shared)
     texts = policy_texts(run, asked.policies)
+    _refuse_other_settings(run, own.steps, shared)
     seeds = range(run.settings.seed, run.settings.seed + asked.seeds)
     return [
         Arm(texts=of_policy, seed=seed, steps=own.steps, settings=shared)
