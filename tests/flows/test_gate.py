@@ -257,6 +257,20 @@ def test_judge_that_parts_from_the_filter_asks_a_person(even: MadeUp) -> None:
     assert "judge_agreement 0.7 of filter 2fffffff is -0.2000" in verdict.why
 
 
+def test_judge_that_was_the_rounds_own_filter_is_no_reference(even: MadeUp) -> None:
+    even.figures(1, "judge", judge_agreement=(1.0, 1.0, 1.0), judge_synthetic=(0.4, 0.38, 0.42))
+    even.figures(2, "judge", judge_agreement=(0.75, 0.72, 0.78), judge_synthetic=(0.5, 0.48, 0.52))
+    for number in (1, 2):  # the filter of round 1 judges both
+        text = {"caption_id": "x", "image_id": "x", "source": "web", "model_id": f"1{'f' * 31}"}
+        even.commit("judgements", number, [text | {"round": number}])
+    verdict = even.judge()
+    outcomes = _outcomes(verdict)
+    assert outcomes["judge_agreement_first"] == "not measured"
+    assert outcomes["judge_synthetic_first"] == "pass", "one judge, other texts"
+    assert outcomes["judge_agreement_least"] == "pass"
+    assert verdict.status == "promoted"
+
+
 def test_captions_that_the_judge_outside_the_loop_calls_wrong_are_refused(even: MadeUp) -> None:
     even.figures(1, "judge", judge_synthetic=(0.8, 0.75, 0.85))
     even.figures(2, "judge", judge_synthetic=(0.3, 0.25, 0.35))
