@@ -69,6 +69,26 @@ def test_decide_by_hand_writes_a_generation_beside_the_rounds_own(made: Lake) ->
     ]
 
 
+def test_decide_lets_a_generation_that_lies_there_count(made: Lake) -> None:
+    own = active_generation(made, 1)
+    assert own is not None
+    other = decide(made, 1, "raw", activate=False)
+    parts = list_parts(made, "decisions", 1)
+    for arguments, counts in (((other.name[:6],), other.name), ((), own.generation)):
+        assert f"show {counts} now" in _run(made, "decide", "--activate", *arguments)
+        now = active_generation(made, 1)
+        assert now is not None
+        assert (now.generation, now.of_round) == (counts, own.of_round)
+    assert list_parts(made, "decisions", 1) == parts
+    folder = Path(made.uri).parent
+    for arguments, said in (
+        (("top_k",), "no decisions named 'top_k'; there are blip-"),
+        (("raw", "--policy", "raw"), "a generation is named where nothing is decided"),
+    ):
+        done = bootstrap("decide", "--activate", *arguments, "--lake", made.uri, cwd=folder)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+
+
 def test_decide_by_hand_says_what_is_wrong_with_a_policy_or_parameter(made: Lake) -> None:
     folder = Path(made.uri).parent
     (folder / "mine.sql").write_text(
