@@ -176,8 +176,10 @@ def _by_recall_alone(rows: list[dict[str, Any]]) -> list[str]:
         return []
     return [
         f"A gate of recall alone would have promoted round {' and round '.join(passed)}: the filter drops what the "
-        "sabotaged captioner writes, and the new model learns from the web texts that are left, with a better filter "
-        "than before. The next round's captioner would not be better for it, and the clean set has lost its synthetic half."
+        "sabotaged captioner writes, so that the new model learns from web texts alone, which a better filter than in "
+        f"round 1 has chosen. In this small world that is no bad model (round 4 reaches {rows[-1]['best_mean_recall']:.3f}). "
+        "What the gate refuses is a round whose captioner is broken, before it is built upon; who wants the model all the "
+        'same says so: `bootstrap promote 2 --because "..."`.'
     ]
 
 
