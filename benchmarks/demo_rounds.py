@@ -120,7 +120,7 @@ def _check(lake: Lake) -> None:
     rows = query(lake, "FROM compare_rounds ORDER BY round").to_pylist()
     found = [row["status"] for row in rows]
     wanted = [status for _, _, status in ROUNDS]
-    if found[:3] != wanted[:3]:
+    if found[:3] != wanted[:3] or found[3] == "refused":
         sys.exit(f"verdicts: {found}, expected {wanted}")
     reasons = [set((row["failed_rules"] or "").split(", ")) for row in rows]
     if "distinct_share_first" not in reasons[1]:
@@ -129,7 +129,7 @@ def _check(lake: Lake) -> None:
         sys.exit(f"round 3 was refused for {sorted(reasons[2])}, not for what the filter says")
     if rows[3]["champion_before"] != rows[0]["champion_after"]:
         sys.exit("round 4 did not begin with the champion of round 1")
-    sys.stdout.write(f"as it should be: {found}\n")
+    sys.stdout.write(f"refused for the right reasons: {found}\n")
 
 
 def _write(out: Path, lake: Lake, work: Path, took: list[float]) -> None:
@@ -176,8 +176,10 @@ def _by_recall_alone(rows: list[dict[str, Any]]) -> list[str]:
         return []
     return [
         f"A gate of recall alone would have promoted round {' and round '.join(passed)}: the filter drops what the "
-        "sabotaged captioner writes, and the new model learns from the web texts that are left, with a better filter "
-        "than before. The next round's captioner would not be better for it, and the clean set has lost its synthetic half."
+        "sabotaged captioner writes, so that the new model learns from web texts alone, which a better filter than in "
+        f"round 1 has chosen. In this small world that is no bad model (round 4 reaches {rows[-1]['best_mean_recall']:.3f}). "
+        "What the gate refuses is a round whose captioner is broken, before it is built upon; who wants the model all the "
+        'same says so: `bootstrap promote 2 --because "..."`.'
     ]
 
 

@@ -110,7 +110,7 @@ def _compare(options: argparse.Namespace) -> int:
     figures = [
         (name, *(_shown(value) for value in column.to_pylist()))
         for name, column in zip(result.column_names, result.columns, strict=True)
-        if name != "round"
+        if name not in ("round", "why")
     ]
     print_rows(["figure", *rounds], figures, "table")
     return 0
