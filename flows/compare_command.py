@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flows.comparison.table import Comparison
     from flows.settings import BootstrapSettings
 
-WIDTH = 140
+WIDTH = 150
 """Columns of the table where the output is not a terminal."""
 
 Command = Callable[[argparse.Namespace], int]

@@ -5,7 +5,7 @@ SVG that stands alone: it names its own fonts and colours, for light and dark.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import count
 
@@ -76,22 +76,22 @@ def figure_svg(comparison: Comparison) -> str:
     height = panel_height(comparison)
     lines = -(-len(panels) // COLUMNS)
     width = COLUMNS * PANEL_WIDTH + (COLUMNS + 1) * GAP
-    top = 56
+    about = _folded(_subtitle(comparison))
+    top = 38 + 18 * len(about)
     said = [line for text in [*sentences(comparison), *notes(comparison)] for line in _folded(text)]
     total = top + lines * (height + GAP) + 18 * len(said) + GAP
     title = f"Round {comparison.round}: did it pay?"
     parts = [
         f'<rect class="page" width="{width}" height="{total}"/>',
         f'<text class="title" x="{GAP}" y="26">{escape(title)}</text>',
-        f'<text class="note" x="{GAP}" y="44">{escape(_subtitle(comparison))}</text>',
+        *_lines(about, 44),
     ]
     for number, drawn in enumerate(panels):
         x = GAP + (number % COLUMNS) * (PANEL_WIDTH + GAP)
         y = top + (number // COLUMNS) * (height + GAP)
         parts.append(f'<g transform="translate({x} {y})">{drawn}</g>')
     below = top + lines * (height + GAP) + 8
-    for line, y in zip(said, count(below, 18), strict=False):
-        parts.append(f'<text class="note" x="{GAP}" y="{y}">{escape(line)}</text>')
+    parts += _lines(said, below)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" class="{CLASS}" viewBox="0 0 {width} {total}" '
         f'width="{width}" height="{total}" role="img" aria-labelledby="{CLASS}-t {CLASS}-d">'
@@ -198,6 +198,13 @@ def _subtitle(comparison: Comparison) -> str:
         f"{comparison.steps} steps, {seeds} seed{'s' if seeds > 1 else ''}; dot: mean, small dots: seeds, bar: 95 % "
         f"interval; figures x 100; green: clearly better than {comparison.baseline or 'the baseline'}, red: clearly worse"
     )
+
+
+def _lines(lines: Sequence[str], top: int) -> list[str]:
+    return [
+        f'<text class="note" x="{GAP}" y="{y}">{escape(line)}</text>'
+        for line, y in zip(lines, count(top, 18), strict=False)
+    ]
 
 
 def _short(label: str) -> str:

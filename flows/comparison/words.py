@@ -25,8 +25,9 @@ SHORT = {
     "bleu4": "BLEU-4",
     "caption_truth": "true captions",
 }
-MIN_WIDTHS = {"C": 1, "F": 1, "policy": 18, "texts": 5, "seeds": 5}
-"""Columns of the terminal; those of figures have 13."""
+MIN_WIDTHS = {"C": 1, "F": 1, "policy": 12, "texts": 5, "seeds": 5}
+FIGURE_WIDTH = 14
+"""Of a column of the terminal with values and their intervals."""
 NO_FIGURE = "-"
 YES, NO = "\N{CHECK MARK}", "-"
 
@@ -46,10 +47,10 @@ def terminal_tables(comparison: Comparison) -> list[Table]:
                 name,
                 justify="left" if position < 3 else "right",
                 overflow="fold",
-                min_width=MIN_WIDTHS.get(name, 13 if position > 4 else None),
+                min_width=MIN_WIDTHS.get(name, FIGURE_WIDTH),
             )
         for row in body:
-            shown.add_row(*(cell.replace(" (", "\n(") for cell in row))
+            shown.add_row(*(cell.replace(" (", "\n").rstrip(")") for cell in row))
         tables.append(shown)
     return tables
 
