@@ -10,8 +10,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from flows import scales
 from flows.comparison.figure import STYLE
-from flows.report import charts, scales
+from flows.report import charts
 from flows.report.audit_parts import audit_parts
 from flows.report.facts import Arms, Comparison, Curve, Measured, ReportFacts
 from flows.report.panel import Panel
