@@ -101,10 +101,10 @@ def scored_round(lake: Any, wanted: int | None) -> int:
     """The round that is asked for, or the latest with scores. Raises MissingInput for one without."""
     from storage import list_parts
 
-    scored = sorted({part.round for part in list_parts(lake, "scores")})
+    scored = sorted({part.round for part in list_parts(lake, "scores") if part.round is not None})
     if wanted is None and scored:
-        return int(scored[-1])
-    if wanted not in scored:
+        return scored[-1]
+    if wanted is None or wanted not in scored:
         there = (
             f"there are scores of round {', '.join(map(str, scored))}"
             if scored
