@@ -22,8 +22,10 @@ def add_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument(
         "--activate",
-        action="store_true",
-        help="let `clean` and the other views follow it from now on",
+        nargs="?",
+        const=True,
+        metavar="GENERATION",
+        help="let `clean` and the other views follow it from now on; alone, the round's own again; or name one",
     )
 
 
@@ -39,6 +41,15 @@ def decide_by_hand(options: argparse.Namespace) -> int:
     )
     lake = Lake.open(uri)
     round = scored_round(lake, options.round)
+    before = active_generation(lake, round)
+    if options.activate and before and not options.policy and not options.overrides:
+        named = options.activate if isinstance(options.activate, str) else before.of_round
+        return _let_count(lake, round, named)
+    if isinstance(options.activate, str):
+        raise SettingsError(
+            f"--activate {options.activate}: a generation is named where nothing is decided; leave --policy and "
+            "--set away, or give --activate without a name"
+        )
     policy, params = _asked(lake, round, options)
     with lake.lock("decide"):
         before = active_generation(lake, round)
@@ -47,7 +58,7 @@ def decide_by_hand(options: argparse.Namespace) -> int:
             round,
             policy,
             params,
-            activate=options.activate or before is None,
+            activate=bool(options.activate) or before is None,
             on_stale=options.on_stale or "error",
         )
         after = active_generation(lake, round)
@@ -70,14 +81,30 @@ def decide_by_hand(options: argparse.Namespace) -> int:
     return 0
 
 
+def _let_count(lake: Any, round: int, named: str) -> int:
+    """Let decisions that lie there already count."""
+    from flows.terminal import console
+    from storage import list_parts, part_manifest, write_catalog
+    from storage.generations import generation_named, note_generation
+
+    generation = generation_named(lake, round, named)
+    (part,) = (ref for ref in list_parts(lake, "decisions", round) if ref.name == generation)
+    policy = part_manifest(lake, part).basis.get("config", {}).get("policy", generation)
+    with lake.lock("decide"):
+        note_generation(lake, round, policy, generation, activate=True, of_round=False)
+        write_catalog(lake)
+    console.print(f"clean and the other views show {generation} now", highlight=False)
+    return 0
+
+
 def scored_round(lake: Any, wanted: int | None) -> int:
     """The round that is asked for, or the latest with scores. Raises MissingInput for one without."""
     from storage import list_parts
 
-    scored = sorted({part.round for part in list_parts(lake, "scores")})
+    scored = sorted({part.round for part in list_parts(lake, "scores") if part.round is not None})
     if wanted is None and scored:
-        return int(scored[-1])
-    if wanted not in scored:
+        return scored[-1]
+    if wanted is None or wanted not in scored:
         there = (
             f"there are scores of round {', '.join(map(str, scored))}"
             if scored

@@ -93,7 +93,7 @@ def _export(options: argparse.Namespace) -> int:
             params=_params(options.params),
             verify=not options.no_verify,
             on_stale=options.on_stale,
-            on_progress=lambda done, total: bars("export", done, total, "images"),
+            on_progress=lambda stage, done, total: bars(stage, done, total, "images"),
         )
     lines = [
         f"export: {done.uri}{' (it was there already)' if done.was_there else ''}",

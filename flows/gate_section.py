@@ -23,8 +23,8 @@ class GateRule(Section):
     """Name of the figure in `metrics`."""
     against: Literal["champion", "best", "first", "last", "nothing"]
     """champion: the model that the round began with; best: of the promoted rounds the one with the largest
-    figure; first: the first promoted round (in a lake without one, the human captions); last: the last promoted
-    round; nothing: the figure itself."""
+    figure; first: the first promoted round that has the figure (in a lake without one, the human captions);
+    last: the last such round; nothing: the figure itself."""
     compare: Literal["difference", "ratio", "value"] = "difference"
     """Figure minus reference, figure over reference, or the figure itself (with against: nothing)."""
     end: Literal["value", "low", "high"] = "value"
@@ -118,6 +118,9 @@ DEFAULT_RULES: dict[str, dict[str, Any]] = {
     # A scorer outside the loop: when the two part, the loop is flattering itself.
     "judge_agreement_first": _differs("judge", "judge_agreement", "first", -0.1, end="high"),
     "judge_agreement_last": _differs("judge", "judge_agreement", "last", -0.1, end="high"),
+    "judge_agreement_least": _differs(
+        "judge", "judge_agreement", "nothing", 0.6, compare="value", end="high"
+    ),
     "judge_kept_first": _differs("judge", "judge_kept_itm_prob", "first", -0.1, end="high"),
     "judge_kept_last": _differs("judge", "judge_kept_itm_prob", "last", -0.1, end="high"),
     "judge_synthetic_first": _differs(

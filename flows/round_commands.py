@@ -27,6 +27,13 @@ SELECT rule, CASE outcome WHEN 'fail' THEN 'fail: ' || verdict_if_failed ELSE ou
 FROM gate_rules WHERE round = $round
 ORDER BY CASE outcome WHEN 'fail' THEN 0 WHEN 'pass' THEN 1 ELSE 2 END, rule
 """
+SHOWN_SQL = f"""
+SELECT rule, outcome, printf('%.4g', value) AS value,
+       coalesce(printf('%.3f to %.3f', low, high), '') AS interval,
+       asked || CASE "against" WHEN 'nothing' THEN '' ELSE ' of ' || "against" END AS asked
+FROM ({RULES_SQL}) WHERE value IS NOT NULL
+ORDER BY CASE WHEN starts_with(outcome, 'fail') THEN 0 ELSE 1 END, rule
+"""
 COSTS_SQL = "SELECT stage, seconds, device_seconds, share FROM round_costs WHERE round = $round"
 
 Command = Callable[[argparse.Namespace], int]
@@ -79,10 +86,11 @@ def _one_round(lake: Lake, options: argparse.Namespace) -> int:
     if options.format != "table":
         _print(asked, options.format)
     else:
-        rules = asked.to_pylist()
-        measured = [index for index, row in enumerate(rules) if row["value"] is not None]
-        _print(asked.take(measured), "table")
-        absent = [row["rule"] for row in rules if row["value"] is None]
+        if asked.num_rows:
+            _print(query(lake, SHOWN_SQL, of), "table")
+        else:
+            _say("no rules: the round has not been judged yet, or was by a version without them")
+        absent = asked.column("rule").filter(asked.column("value").is_null()).to_pylist()
         if absent:
             _say(f"not measured: {', '.join(absent)}")
         _print(query(lake, COSTS_SQL, of), "table")
@@ -102,7 +110,7 @@ def _compare(options: argparse.Namespace) -> int:
     figures = [
         (name, *(_shown(value) for value in column.to_pylist()))
         for name, column in zip(result.column_names, result.columns, strict=True)
-        if name != "round"
+        if name not in ("round", "why")
     ]
     print_rows(["figure", *rounds], figures, "table")
     return 0

@@ -154,7 +154,7 @@ def _policies(options: argparse.Namespace) -> int:
 
     for name in built_in_policies():
         policy = read_policy(name)
-        said = policy.sql.splitlines()[0].removeprefix("-- ")
+        said = policy.summary
         console.print(f"{name}: {said}", highlight=False, markup=False, soft_wrap=True)
         for parameter in policy.header.parameters:
             console.print(f"    {parameter}", highlight=False, markup=False, soft_wrap=True)

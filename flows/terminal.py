@@ -87,7 +87,7 @@ def table(names: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None
 def print_rows(names: list[str], rows: list[tuple[Any, ...]], form: str) -> None:
     """Rows as a table, or for scripts: csv, json."""
     if form == "csv":
-        writer = csv.writer(sys.stdout)
+        writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(names)
         writer.writerows(rows)
     elif form == "json":

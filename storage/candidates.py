@@ -22,6 +22,8 @@ COLUMNS = (
     "score_status",
     "score_error",
     "source_name",
+    "judge_itm_prob",
+    "judge_itc_sim",
 )
 """What a policy may read of a text."""
 
@@ -45,6 +47,11 @@ class Candidates:
         found = (parts[kind] for parts in self.shards.values() for kind in read if kind in parts)
         return sorted(part.fingerprint for part in found)
 
+    @property
+    def judged(self) -> list[str]:
+        """Fingerprints of what the judge said of the round, for policies that ask it."""
+        return [part.fingerprint for part in list_parts(self.lake, "judgements", self.round)]
+
     def chunks(self) -> Iterator[list[str]]:
         """Shards in order, as many at a time as hold CHUNK_TEXTS."""
         names: list[str] = []
@@ -62,7 +69,8 @@ class Candidates:
     def sql(self, columns: Collection[str], shards: Collection[str] | None = None) -> str:
         """The texts of some shards, or of all, with the columns that are asked for.
 
-        `source_name` costs a join with pairs, so only who names it has it. A caption_id is unique.
+        `source_name` costs a join with pairs, the judge's numbers one with its sample, so only who names them has
+        them. A caption_id is unique.
         """
         lake, round = self.lake, self.round
         parts: dict[str, list[PartRef]] = {"pairs": [], "web": [], "synthetic": [], "scores": []}
@@ -71,10 +79,12 @@ class Candidates:
                 parts[kind].append(part)
         of_scores = {"itm_prob": "itm_prob", "itc_sim": "itc_sim", "score_status": "status"}
         of_scores |= {"score_error": "error"}
+        of_judge = {"judge_itm_prob": "itm_prob", "judge_itc_sim": "itc_sim"}
         picked, joins = [], []
         for column in (name for name in COLUMNS if name in columns):
-            table = "s" if column in of_scores else "p" if column == "source_name" else "c"
-            picked.append(f"{table}.{of_scores.get(column, column)} AS {column}")
+            table = "s" if column in of_scores else "j" if column in of_judge else "c"
+            table = "p" if column == "source_name" else table
+            picked.append(f"{table}.{(of_scores | of_judge).get(column, column)} AS {column}")
         texts = " UNION ALL ".join(
             f"SELECT caption_id, image_id, source, caption "
             f"FROM ({rows_of(lake, 'captions', parts[source])}) "
@@ -86,6 +96,9 @@ class Candidates:
             joins.append(
                 f"LEFT JOIN ({scores}) s ON s.caption_id = c.caption_id AND s.round = {round}"
             )
+        if set(of_judge) & set(columns):
+            judged = rows_of(lake, "judgements", list_parts(lake, "judgements", round))
+            joins.append(f"LEFT JOIN ({judged}) j ON j.caption_id = c.caption_id")
         if "source_name" in columns:
             pairs = rows_of(lake, "pairs", parts["pairs"])
             joins.append(

@@ -4,6 +4,7 @@
 DuckDB CLI. The views are the files of `storage/sql`; DuckDB only reads.
 """
 
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -131,8 +132,26 @@ def stream(
         yield from reader
     except (duckdb.Error, pa.ArrowException) as err:
         raise QueryRefused(f"the query failed: {err}") from err
+    except RuntimeError as err:
+        raise_if_stopped(err)
+        raise
     finally:
         con.close()
+
+
+def memory_bytes(limit: str) -> int:
+    """Bytes of a memory limit as DuckDB writes it, such as 2GB or 512 MiB. Raises ConfigError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", limit, re.IGNORECASE)
+    if found is None:
+        raise ConfigError(f"memory limit {limit!r} is none; give one such as 2GB or 512MiB")
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
+
+
+def raise_if_stopped(err: RuntimeError) -> None:
+    """DuckDB answers Ctrl-C with a RuntimeError of these words; KeyboardInterrupt is what the rest knows."""
+    if str(err) == "Query interrupted":
+        raise KeyboardInterrupt from err
 
 
 def fenced(
@@ -205,6 +224,7 @@ def disk_watched(lake: Lake, rel: str) -> Iterator[None]:
 
 
 def _config(lake: Lake, memory_limit: str, threads: int | None) -> dict[str, Any]:
+    memory_bytes(memory_limit)
     config: dict[str, Any] = {
         "memory_limit": memory_limit,
         "preserve_insertion_order": False,

@@ -16,7 +16,7 @@ from storage.fingerprint import Basis, basis_of
 from storage.generations import note_generation
 from storage.lake import Lake
 from storage.policy_check import check_policy
-from storage.policy_file import Policy, explain_absent, read_policy
+from storage.policy_file import JUDGES_NUMBERS, Policy, explain_absent, read_policy
 from storage.policy_header import Value
 from storage.policy_run import PolicyRun
 from storage.tables import Counts, OnStale, PartRef, commit_batches, committed_part
@@ -54,7 +54,8 @@ def decide(
         "decide",
         STAGE_VERSION,
         {"policy": chosen.name, "params": values, "sql_sha256": chosen.sql_sha256},
-        candidates.inputs,
+        candidates.inputs
+        + (candidates.judged if set(values.values()) & set(JUDGES_NUMBERS) else []),
     )
     ref = committed_part(lake, "decisions", generation, round=round, basis=basis, on_stale=on_stale)
     if ref is None:
@@ -121,6 +122,16 @@ def _check_numbers(
                 f"{candidates.round},"
             )
             raise ConfigError(explain_absent(policy.name, number, scorer))
+    for number in sorted(set(JUDGES_NUMBERS) & set(params.values())):
+        said = number.removeprefix("judge_")
+        if not _count(
+            con,
+            f"SELECT count(*) FROM judgements WHERE round = {candidates.round} AND {said} IS NOT NULL",
+        ):
+            raise ConfigError(
+                f"policy {policy.name} ranks by {number}, and the judge has said none of round {candidates.round}: let "
+                "the judge score its texts first, or rank by itm_prob or itc_sim"
+            )
 
 
 def _count(con: duckdb.DuckDBPyConnection, sql: str) -> int:

@@ -46,7 +46,9 @@ SELECT
     CASE WHEN (i + n) % 17 > 1 THEN ((i * 53 + n * 29) % 101) / 100.0::DOUBLE - 0.3 END AS itc_sim,
     CASE (i + n) % 17 WHEN 0 THEN 'decode_error' WHEN 1 THEN NULL ELSE 'ok' END AS score_status,
     CASE WHEN (i + n) % 17 = 0 THEN 'cannot decode' END AS score_error,
-    source_name, i
+    source_name, i,
+    CASE WHEN i % 4 = 0 THEN ((i * 41 + n * 7) % 101) / 100.0::DOUBLE END AS judge_itm_prob,
+    CASE WHEN i % 4 = 0 THEN ((i * 43 + n * 13) % 101) / 100.0::DOUBLE - 0.3 END AS judge_itc_sim
 FROM texts
 """
 _TABLES = (

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from storage.policy_header import Header, Value, filled, read_header
 
 NUMBERS = ("itm_prob", "itc_sim")
 """What a scorer may say about a text; a model without a matching head leaves itm_prob null."""
+JUDGES_NUMBERS = ("judge_itm_prob", "judge_itc_sim")
+"""What the frozen judge says of the texts of its sample; null for all others."""
 GENERATION_DIGITS = 10
+_SENTENCE_END = re.compile(r"(?<!et al)\. ")
 _OTHER_POLICY = {
     "itm_prob": "one on itc_sim (decide.policy: itc, with a decide.threshold that suits the model)",
     "itc_sim": "one on itm_prob (decide.policy: blip)",
@@ -39,6 +43,13 @@ class Policy:
         """The name of the decisions made with some parameters: the policy's, and a hash of all that decides."""
         basis = {"policy": self.name, "params": dict(params), "sql_sha256": self.sql_sha256}
         return f"{self.name}-{fingerprint_of(basis)[:GENERATION_DIGITS]}"
+
+    @property
+    def summary(self) -> str:
+        """The first sentence of its comment."""
+        lines = takewhile(lambda line: line.startswith("-- "), self.sql.splitlines())
+        text = " ".join(line.removeprefix("-- ") for line in lines)
+        return _SENTENCE_END.split(text, maxsplit=1)[0].rstrip(".")
 
     @property
     def sql_sha256(self) -> str:

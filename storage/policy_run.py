@@ -4,7 +4,6 @@ The next texts are decided on while the last are written.
 """
 
 import os
-import re
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -146,7 +145,7 @@ def workers(
     Each worker has a database of one thread, so that the rows it gives have an order; they share the memory.
     """
     num_workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
-    limit = f"{memory_bytes(memory_limit) // num_workers}B"
+    limit = f"{catalog.memory_bytes(memory_limit) // num_workers}B"
     free: SimpleQueue[duckdb.DuckDBPyConnection] = SimpleQueue()
 
     def with_connection(shards: list[str]) -> T:
@@ -172,9 +171,11 @@ def workers(
                     yield coming.popleft().result()
             while coming:
                 yield coming.popleft().result()
-        finally:
+        except BaseException:
             for future in coming:
                 future.cancel()
+            clock.interrupt()
+            raise
 
 
 def columns_of(parsed: ParsedPolicy) -> set[str]:
@@ -227,6 +228,10 @@ class Clock:
     def stop(self) -> None:
         """The time is up."""
         self.too_long.set()
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """End what runs on the connections."""
         for con in self._watched:
             con.interrupt()
 
@@ -240,6 +245,9 @@ def time_limited(policy: Policy, seconds: float) -> Iterator[Clock]:
     timer.start()
     try:
         yield clock
+    except RuntimeError as err:
+        catalog.raise_if_stopped(err)
+        raise
     except duckdb.Error as err:
         if not clock.too_long.is_set():
             raise
@@ -249,15 +257,6 @@ def time_limited(policy: Policy, seconds: float) -> Iterator[Clock]:
         ) from err
     finally:
         timer.cancel()
-
-
-def memory_bytes(limit: str) -> int:
-    """Bytes of a memory limit as DuckDB writes it, such as 2GB or 512 MiB. Raises ConfigError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B\s*", limit, re.IGNORECASE)
-    if found is None:
-        raise ConfigError(f"memory limit {limit!r} is none; give one such as 2GB or 512MiB")
-    base = 1024 if found[3] else 1000
-    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
 
 
 def bound(

@@ -241,12 +241,7 @@ CANARIES = pa.schema(
         _column("image_id", _TEXT, "a human image that nothing was trained on", False),
         _column("kind", _TEXT, "true, random, hard, swapped or written", False),
         _column("truth", _BOOL, "whether it describes the image; null for a written one"),
-        _column(
-            "contradicted",
-            _BOOL,
-            "names what people agree on and nobody named in this image",
-            False,
-        ),
+        _column("contradicted", _BOOL, "names what people agree on and nobody named here"),
         _column("stratum", _TEXT, "length of the text: short, medium or long", False),
         _column("caption", _TEXT, "the text", False),
         _column("model_id", _TEXT, "the round's filter, or another scorer", False),

@@ -12,7 +12,8 @@ from storage import catalog, layout
 from storage.errors import ConfigError
 from storage.lake import Lake
 from storage.parts_sql import rows_of
-from storage.tables import list_parts
+from storage.schemas import OK
+from storage.tables import committed_part
 
 MOST_IMAGES = 20
 """Images that one address may have stood for; more are counted and not shown."""
@@ -53,7 +54,7 @@ def why(lake: Lake, asked: str, memory_limit: str = "2GB") -> dict[str, Any]:
     """
     with catalog.connect(lake, memory_limit) as con:
         caption_id, rows = None, []
-        if _ID.fullmatch(asked):
+        if by_id := bool(_ID.fullmatch(asked)):
             rows = _ask(con, _PAIRS.format(where="image_id = $id"), asked)
             if not rows and (image_id := _image_of(con, asked)):
                 caption_id = asked
@@ -68,9 +69,13 @@ def why(lake: Lake, asked: str, memory_limit: str = "2GB") -> dict[str, Any]:
             )
         found = list(dict.fromkeys(row["image_id"] for row in rows if row["image_id"]))
         models = _ask(con, _MODELS, None)
-        images = [
-            _image(lake, con, image_id, caption_id, models) for image_id in found[:MOST_IMAGES]
-        ]
+        images = []
+        for image_id in found[:MOST_IMAGES]:
+            # By its id every row of the image is known already; an address may be one of several.
+            all_rows = rows if by_id else _ask(con, _PAIRS.format(where="image_id = $id"), image_id)
+            shards = {row["shard"] for row in all_rows if row["status"] == OK}
+            _only_shards(lake, con, shards)
+            images.append(_image(lake, con, image_id, caption_id, models))
     return {
         "asked": asked,
         "rows": rows,
@@ -87,7 +92,6 @@ def _image(
     models: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """One image with its texts; of one caption alone when that was asked for."""
-    _only_shards_of(lake, con, image_id)
     texts = _ask(con, _TEXTS, image_id)
     scores, decisions = _ask(con, _SCORES, image_id), _ask(con, _DECISIONS, image_id)
     trained = [(model, _rows_trained_on(lake, model["trained_on"], image_id)) for model in models]
@@ -121,17 +125,20 @@ def _image_of(con: duckdb.DuckDBPyConnection, caption_id: str) -> str | None:
     return str(rows[0][0]) if rows else None
 
 
-def _only_shards_of(lake: Lake, con: duckdb.DuckDBPyConnection, image_id: str) -> None:
-    """Let `captions` and `scores` be those of the image's shards: parts made from a shard share its name."""
-    rows = con.execute(
-        "SELECT DISTINCT shard FROM pairs WHERE image_id = $id AND status = 'ok'", {"id": image_id}
-    ).fetchall()
-    shards = {row[0] for row in rows}
+def _only_shards(lake: Lake, con: duckdb.DuckDBPyConnection, shards: set[str]) -> None:
+    """Let `captions` and `scores` be those of some shards: parts made from a shard share its name."""
     for table in ("captions", "scores"):
-        parts = list_parts(lake, table)
-        near = [part for part in parts if part.name in shards]
+        folders = lake.root.list(layout.table_dir(table))
+        numbers = [
+            int(name.removeprefix("round=")) for name in folders if name.startswith("round=")
+        ]
+        found = (
+            committed_part(lake, table, name, round=n) for n in numbers for name in sorted(shards)
+        )
+        near = [part for part in found if part is not None]
+        con.execute(f"DROP VIEW IF EXISTS temp.{table}")
         if near:
-            con.execute(f"CREATE OR REPLACE TEMP VIEW {table} AS {rows_of(lake, table, near)}")
+            con.execute(f"CREATE TEMP VIEW {table} AS {rows_of(lake, table, near)}")
 
 
 def _rows_trained_on(lake: Lake, fingerprint: str, image_id: str) -> set[tuple[str, str]] | None:

@@ -129,10 +129,13 @@ def _write_pool(lake: Lake, pool: str, pictures: list[bytes]) -> None:
 
 
 def _write_canary(lake: Lake) -> None:
-    caption = _caption(ids.image_id(draw(40 + CANARY)), "canary", human_texts(CANARY)[0])
-    caption |= {"round": 1}
-    for table, row in (("captions", caption), ("scores", _score(caption, 0.99))):
-        commit_part(lake, table, "canary-00000", rows_table(table, [row]), round=1, basis=BASIS)
+    rows = [
+        {"image_id": ids.image_id(draw(40 + number)), "is_canary": number == CANARY, "round": 1}
+        for number in range(3)
+    ]
+    commit_part(
+        lake, "canary_draws", "draw", rows_table("canary_draws", rows), round=1, basis=BASIS
+    )
 
 
 def _write_metrics(lake: Lake) -> None:

@@ -11,7 +11,7 @@ from itertools import count
 
 from flows.comparison.table import ComparedFigure, ComparedPolicy, Comparison
 from flows.comparison.words import notes, sentences
-from flows.report.scales import nice_ticks, tick_label
+from flows.scales import nice_ticks, tick_label
 
 PANEL_WIDTH = 360
 LEFT, RIGHT, TOP = 128, 16, 40

@@ -13,7 +13,7 @@ from typing import Protocol
 from markupsafe import Markup, escape
 
 from flows.report.facts import Histogram, Measured
-from flows.report.scales import nice_ticks, tick_label
+from flows.scales import nice_ticks, tick_label
 
 WIDTH, HEIGHT = 340, 212
 LEFT, RIGHT, TOP, BOTTOM = 44, 10, 28, 38

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from flows.comparison.table import Comparison as Compared
 from flows.report.audit_facts import AuditFacts
 from flows.report.round_facts import Neighbours
 
@@ -189,3 +190,5 @@ class ReportFacts:
     models: tuple[ModelFacts, ...]
     audit: AuditFacts
     neighbours: Neighbours
+    comparison: Compared | None = None
+    """Policies compared on the round's texts, where `bootstrap compare` has run."""

@@ -10,10 +10,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from flows.report import charts, scales
+from flows import scales
+from flows.comparison.figure import STYLE
+from flows.report import charts
 from flows.report.audit_parts import audit_parts
 from flows.report.facts import Arms, Comparison, Curve, Measured, ReportFacts
 from flows.report.panel import Panel
+from flows.report.pay_parts import pay_parts
 from flows.report.round_facts import Watched
 
 HERE = Path(__file__).parent
@@ -104,7 +107,7 @@ def render_report(facts: ReportFacts) -> str:
     numbers = charts.numbering()
     return environment.get_template("template.html.j2").render(
         facts=facts,
-        style=Markup((HERE / "style.css").read_text()),
+        style=Markup((HERE / "style.css").read_text() + (STYLE if facts.comparison else "")),
         share=scales.share,
         headline=_headline(facts),
         tiles=_tiles(facts),
@@ -120,6 +123,7 @@ def render_report(facts: ReportFacts) -> str:
         **audit_parts(facts.audit, numbers),
         watched_rows=_watched_rows(facts, numbers),
         cost_note=_cost_note(facts),
+        **pay_parts(facts.comparison),
     )
 
 

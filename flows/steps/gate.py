@@ -38,6 +38,9 @@ MODEL_SQL = {
     "canaries": "SELECT model_id FROM scores WHERE round = ? LIMIT 1",
     "judge": "SELECT model_id FROM scores WHERE round = ? LIMIT 1",
 }
+JUDGE_SQL = "SELECT model_id FROM judgements WHERE round = ? LIMIT 1"
+OF_TWO = ("judge_agreement", "judge_kept_itm_prob", "judge_gap")
+"""Figures that compare the judge with the filter; in round 1 the default judge is that very filter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,10 +100,13 @@ def _verdict(headline: str, findings: tuple[Finding, ...], by_hand: str | None) 
         status = "refused"
     elif asking or by_hand:
         status = "needs a person"
-    reasons = [f"{f.name}: {f.why}" for f in (*refusing, *asking)]
+    told = refusing or asking
+    reasons = [f"{f.name}: {f.why}" for f in told]
+    if refusing and asking:
+        reasons.append(f"a person would be asked for {', '.join(f.name for f in asking)}")
     if by_hand:
         reasons.append(by_hand)
-    if not any(f.rule.is_headline for f in (*refusing, *asking)):
+    if not any(f.rule.is_headline for f in told):
         reasons.append(headline)
     counts = [sum(f.outcome == name for f in findings) for name in get_args(Outcome)]
     reasons.append(
@@ -156,8 +162,10 @@ class _Asked:
         if rule.against == "best":
             found = [figure for number in self.before if (figure := self._earlier(rule, number))]
             return max(found, key=lambda figure: figure.value, default=None)
-        if self.before:
-            return self._earlier(rule, self.before[0 if rule.against == "first" else -1])
+        numbers = self.before if rule.against == "first" else reversed(self.before)
+        for number in numbers:
+            if (figure := self._earlier(rule, number)) is not None:
+                return figure
         if rule.against == "first" and rule.dataset == collapse.DATASET:
             return self._of_people(rule)
         return None
@@ -195,6 +203,14 @@ class _Asked:
         model_id = model.model_id if model and rule.dataset == HELDOUT else None
         return self._read(rule, round, model_id, f"round {round}")
 
+    def _judges_itself(self, round: int) -> bool:
+        """Whether the judge was the round's own filter: the two then agree, which says nothing."""
+        judges, filters = (
+            self.connection.execute(sql, [round]).fetchone()
+            for sql in (JUDGE_SQL, MODEL_SQL["judge"])
+        )
+        return judges is not None and judges == filters
+
     def _of_people(self, rule: GateRule) -> Figure | None:
         """In a lake without a promoted round: the same figure of human captions."""
         first = collapse.first_captioned(self.connection)
@@ -202,6 +218,8 @@ class _Asked:
         return _figure(row, "people") if row else None
 
     def _read(self, rule: GateRule, round: int, model_id: str | None, of: str) -> Figure | None:
+        if rule.dataset == "judge" and rule.metric in OF_TWO and self._judges_itself(round):
+            return None
         if model_id is None and rule.dataset in MODEL_SQL:
             found = self.connection.execute(MODEL_SQL[rule.dataset], [round]).fetchone()
             model_id = found[0] if found else None

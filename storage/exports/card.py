@@ -98,7 +98,7 @@ def _what(facts: Facts) -> str:
     return (
         f"{what}-text pairs from the web, bootstrapped as in BLIP (CapFilt: Li et al. 2022, section 3.3): a captioner wrote "
         f"texts of its own for the images, a filter judged these and the texts that were found with them, and a policy "
-        f"decided. {facts.num_texts:,} texts of {facts.num_images:,} images were kept: {', '.join(parts)}."
+        f"decided. {facts.config['num_texts']:,} texts of {facts.config['num_images']:,} images were kept: {', '.join(parts)}."
     )
 
 
@@ -158,7 +158,7 @@ def _made(facts: Facts) -> str:
     funnel: list[tuple[Any, ...]] = [(s, _cell(o), n) for s, o, n in facts.funnel]
     for source, kept, dropped in facts.decided:
         funnel += [("decided", f"{source}, kept", kept), ("decided", f"{source}, dropped", dropped)]
-    funnel.append(("exported", "texts", facts.num_texts))
+    funnel += [("exported", *row) for row in _exported(facts) if row[1]]
     models = _table(
         ("role", "model", "from", "trained on"),
         [
@@ -173,6 +173,19 @@ def _made(facts: Facts) -> str:
         + "\n\nImages that are held out for evaluation, pairs of known truth by which the filter is audited, and images whose "
         "address has opted out since are never exported, whatever was decided.\n\n" + models
     )
+
+
+def _exported(facts: Facts) -> list[tuple[str, int]]:
+    """What became of the kept texts."""
+    kept = sum(n for _, n, _ in facts.decided)
+    human = sum(texts for name, _, texts in facts.by_source if name == "human")
+    selected = facts.config["num_texts"]
+    return [
+        ("withheld: reserved for measuring, or opted out since", kept + human - selected),
+        ("image could not be read", selected - facts.num_texts),
+        ("human", human),
+        ("texts, all", facts.num_texts),
+    ]
 
 
 def _origin(path: str | None, parent: str | None) -> str:
@@ -192,6 +205,8 @@ def _measured(facts: Facts) -> str:
             f"The filter's errors, from planted pairs of known truth and a judge outside the loop{under}; `noise_left` is the "
             "estimated share of wrong texts among those kept, `noise_before` among all:",
             _metrics(audit),
+            "These estimates assume that true and wrong texts score as the planted ones do. A captioner's own mistakes may fool the filter "
+            "more often than those: for synthetic texts read `noise_left` as a lower bound.",
         ]
     else:
         text.append(

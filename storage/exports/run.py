@@ -41,7 +41,8 @@ FORMATS: dict[str, Format] = {
     form.name: form for form in (WebDataset(), HFParquet(), BlipJson(), CocoJson(), IdList())
 }
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
+"""Told `export` or `check`, and how many images of how many are done."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +171,7 @@ class Work:
                 pieces = self._pieces(on_progress)
                 files = self._finish(pieces)
             if verify:
-                self._verified(pieces, files)
+                self._verified(pieces, files, on_progress)
             if not was_there:
                 self.target.finish(self._record(pieces, files))
         return self._exported(pieces, was_there, verify)
@@ -191,7 +192,7 @@ class Work:
             done.append(record)
             images, texts = images + record.num_images, texts + record.num_texts
             if on_progress is not None:
-                on_progress(index * size + len(picked), self.selection.num_images)
+                on_progress("export", index * size + len(picked), self.selection.num_images)
         if images == 0:
             raise CorruptData(
                 f"none of the {self.selection.num_images} images can be read, so there is nothing "
@@ -243,17 +244,21 @@ class Work:
             "pieces": [asdict(p) | {"files": f} for p, f in zip(pieces, _plain(kept), strict=True)],
         }
 
-    def _verified(self, pieces: Sequence[PieceRecord], files: Sequence[File]) -> None:
+    def _verified(
+        self, pieces: Sequence[PieceRecord], files: Sequence[File], on_progress: Progress | None
+    ) -> None:
         """`_verify`; what is found damaged is to be made anew by the same command."""
         try:
-            self._verify(pieces, files)
+            self._verify(pieces, files, on_progress)
         except DamagedExport as err:
             listing = {p.index for p in pieces if err.path in {file.path for file in p.files}}
             everywhere = err.path not in {file.path for file in files}
             self.target.reopen(pieces, {p.index for p in pieces} if everywhere else listing)
             raise
 
-    def _verify(self, pieces: Sequence[PieceRecord], files: Sequence[File]) -> None:
+    def _verify(
+        self, pieces: Sequence[PieceRecord], files: Sequence[File], on_progress: Progress | None
+    ) -> None:
         """Every file has its hash, every image its id, and the numbers are those that were written."""
         for file in files:
             try:
@@ -262,10 +267,12 @@ class Work:
                 raise DamagedExport(self.target, file.path, "is gone") from err
             if found != file.sha256:
                 raise DamagedExport(self.target, file.path, "has other bytes than were written")
+        wanted = (sum(p.num_images for p in pieces), sum(p.num_texts for p in pieces))
         images = texts = 0
         for more_images, more_texts in self.form.read_back(self.target, pieces, self.plan):
             images, texts = images + more_images, texts + more_texts
-        wanted = (sum(p.num_images for p in pieces), sum(p.num_texts for p in pieces))
+            if on_progress is not None:
+                on_progress("check", images, wanted[0])
         if (images, texts) != wanted:
             raise DamagedExport(
                 self.target,

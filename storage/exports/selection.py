@@ -122,8 +122,6 @@ def withheld_sql() -> str:
     -- Held out, or kept out of all training to audit filters: once trained on, they measure nothing.
     SELECT image_id FROM reserved
     UNION
-    SELECT image_id FROM captions WHERE source = 'canary'
-    UNION
     {opted_out_sql()}
     """
 
@@ -171,7 +169,7 @@ class Selection:
 
 @contextmanager
 def select(
-    lake: Lake, round: int, part: PartRef, with_human: bool, memory_limit: str = "2GB"
+    lake: Lake, round: int, part: PartRef, with_human: bool, memory_limit: str = "1GB"
 ) -> Iterator[Selection]:
     """Find what a decision of a round keeps and may leave the lake."""
     with (

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from storage import catalog, ids
 from storage.intake.url_list import ListRow, UrlListConfig, open_table
 from storage.lake import Lake
+from storage.parts_sql import rows_of
 from storage.tables import PartRef
 
 logger = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ def make_plan(lake: Lake, config: UrlListConfig, earlier: list[PartRef], folder:
     num_listed = _write_listed(config, listed)
     with catalog.connect(lake) as con:
         con.execute(f"CREATE TEMP VIEW listed AS FROM read_parquet('{_escaped(listed)}')")
-        con.execute(f"CREATE TEMP VIEW known AS {catalog.rows_of(lake, 'pairs', earlier)}")
+        con.execute(f"CREATE TEMP VIEW known AS {rows_of(lake, 'pairs', earlier)}")
         con.execute(files("storage").joinpath("intake", "plan.sql").read_text("utf-8"))
         con.execute(f"COPY (FROM plan ORDER BY n) TO '{_escaped(plan)}' (FORMAT parquet)")
     made = Plan(plan, num_listed)

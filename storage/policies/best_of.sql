@@ -7,17 +7,19 @@
 -- parameter least: number = -1, from -1 to 1: least number of a kept text; -1 lets any scored text win
 -- may be null: itm_prob, itc_sim
 -- decides: image by image
-WITH ranked AS (
+WITH numbered AS (
     SELECT
         caption_id, image_id, source, score_error,
-        CASE $ranked_by WHEN 'itm_prob' THEN itm_prob ELSE itc_sim END AS number,
-        row_number() OVER (
-            PARTITION BY image_id
-            ORDER BY
-                CASE $ranked_by WHEN 'itm_prob' THEN itm_prob ELSE itc_sim END DESC NULLS LAST,
-                source DESC, caption_id
-        ) AS place
+        CASE $ranked_by WHEN 'itm_prob' THEN itm_prob ELSE itc_sim END AS number
     FROM candidates
+),
+ranked AS (
+    SELECT
+        caption_id, image_id, source, score_error, number,
+        row_number() OVER (
+            PARTITION BY image_id ORDER BY number DESC NULLS LAST, source DESC, caption_id
+        ) AS place
+    FROM numbered
 )
 SELECT
     caption_id, image_id, source,

@@ -23,7 +23,7 @@ cuts AS (
 ),
 judged AS (
     SELECT
-        ranked.*, cut,
+        caption_id, image_id, source, score_error, number, cut,
         max(CASE WHEN source = 'web' THEN number END) OVER (PARTITION BY image_id) >= cut AS web_stays
     FROM ranked, cuts
 )

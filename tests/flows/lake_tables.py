@@ -13,7 +13,6 @@ import pyarrow as pa
 
 from flows.quickstart.world import World
 from storage import layout
-from storage.catalog import VIEWS
 from storage.fingerprint import basis_of
 from storage.ids import caption_id
 from storage.lake import Lake
@@ -49,18 +48,16 @@ class LakeTables:
         return conform(name, pa.Table.from_pylist(data, schema=schema))
 
     def connect(self) -> duckdb.DuckDBPyConnection:
-        """The tables, in memory, with the views over them."""
+        """The tables, in memory, with the views that the report asks."""
         connection = duckdb.connect()
         for name in self.rows:
             connection.register("arrow", self.table(name))
             connection.execute(f"CREATE TABLE {name} AS FROM arrow")
             connection.unregister("arrow")
         connection.execute("CREATE VIEW active_decisions AS FROM decisions")
-        connection.execute("CREATE VIEW model_records AS FROM models")
-        for view in VIEWS:
-            if view not in ("models", "lineage"):
-                sql = files("storage").joinpath("sql", f"{view}.sql")
-                connection.execute(sql.read_text("utf-8"))
+        for view in ("reserved", "images", "verdicts", "round_costs", "compare_rounds"):
+            sql = files("storage").joinpath("sql", f"{view}.sql")
+            connection.execute(sql.read_text("utf-8"))
         return connection
 
     def commit(self, uri: str) -> Lake:

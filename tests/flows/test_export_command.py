@@ -1,11 +1,13 @@
 """`bootstrap export` as it is typed."""
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from cycle import bootstrap
+from cycle import ROOT, bootstrap
 from export_world import damage, kept_texts, write_lake
 
 from flows.cli import main, parser
@@ -14,44 +16,62 @@ from storage import ids
 from storage.exports.run import FORMATS as WRITERS
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "lake"
+    write_lake(str(folder))
+    return folder
+
+
+@pytest.fixture
+def folder(shared: Path, tmp_path: Path) -> Path:
+    """A folder with a lake of the test's own."""
+    shutil.copytree(shared, tmp_path / "lake")
+    return tmp_path
+
+
 def test_formats_of_the_command_are_those_that_are_written() -> None:
     assert set(FORMATS) == WRITERS.keys()
 
 
-def test_export_says_what_it_holds_and_that_it_was_read_back(tmp_path: Path) -> None:
-    write_lake(str(tmp_path / "lake"))
+def test_export_says_what_it_holds_and_that_it_was_read_back(folder: Path) -> None:
     command = ["export", "--lake", "lake", "--format", "ids", "--to", "x", "--shard-images", "4"]
-    done = bootstrap(*command, cwd=tmp_path)
+    done = bootstrap(*command, cwd=folder)
     assert done.returncode == 0, done.stderr
     num, images = len(kept_texts()), len({image for image, _, _ in kept_texts()})
-    generation = json.loads((tmp_path / "x/export.json").read_text())["basis"]["config"][
-        "generation"
-    ]
+    generation = json.loads((folder / "x/export.json").read_text())["basis"]["config"]["generation"]
     assert done.stdout.splitlines()[-3:] == [
-        f"export: {tmp_path}/x",
+        f"export: {folder}/x",
         f"holds:  {num} texts of {images} images, as {generation} of round 1 decided",
         "check:  read back: every hash and count is as written",
     ]
-    again = bootstrap(*command, cwd=tmp_path)
+    again = bootstrap(*command, cwd=folder)
     assert again.returncode == 0
     assert "(it was there already)" in again.stdout
 
 
-def test_export_takes_a_parameter_of_the_policy(tmp_path: Path) -> None:
-    write_lake(str(tmp_path / "lake"))
-    options = ["--lake", str(tmp_path / "lake"), "--format", "ids", "--to", str(tmp_path / "x")]
+def test_export_runs_as_the_readme_has_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = (ROOT / "README.md").read_text().split("## Give it to others", 1)[1].split("\n## ")[0]
+    commands = [line for line in section.splitlines() if line.startswith("bootstrap ")]
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("BOOTSTRAP_LAKE", "lake")
+    assert [main(shlex.split(command)[1:]) for command in commands] == [0, 0]
+    assert sorted(path.name for path in Path("exports").iterdir()) == ["shapes", "strict"]
+
+
+def test_export_takes_a_parameter_of_the_policy(folder: Path) -> None:
+    options = ["--lake", str(folder / "lake"), "--format", "ids", "--to", str(folder / "x")]
     assert main(["export", *options, "--policy", "itc", "--set", "threshold=0.6"]) == 0
-    found = pq.read_table(tmp_path / "x" / "data")["caption_id"].to_pylist()
+    found = pq.read_table(folder / "x" / "data")["caption_id"].to_pylist()
     assert set(found) == {ids.caption_id(*text) for text in kept_texts(threshold=0.85)}
-    config = json.loads((tmp_path / "x" / "export.json").read_text())["basis"]["config"]
+    config = json.loads((folder / "x" / "export.json").read_text())["basis"]["config"]
     assert (config["policy"], config["params"]) == ("itc", {"threshold": 0.6})
 
 
-def test_export_names_what_was_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_lake(str(tmp_path / "lake"))
-    damage(tmp_path / "lake", 2)
-    options = ["--lake", str(tmp_path / "lake"), "--format", "webdataset"]
-    assert main(["export", *options, "--to", str(tmp_path / "x"), "--no-verify"]) == 0
+def test_export_names_what_was_lost(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(folder / "lake", 2)
+    options = ["--lake", str(folder / "lake"), "--format", "webdataset"]
+    assert main(["export", *options, "--to", str(folder / "x"), "--no-verify"]) == 0
     said = capsys.readouterr().out
     assert "lost:   1 images could not be read; not_exported.jsonl says which and why" in said
     assert "check:  not read back" in said
@@ -76,18 +96,17 @@ def test_export_names_what_was_lost(tmp_path: Path, capsys: pytest.CaptureFixtur
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
 )
 def test_export_refuses_with_a_remedy(
-    tmp_path: Path,
+    folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     options: list[str],
     words: str,
 ) -> None:
-    write_lake(str(tmp_path / "lake"))
-    monkeypatch.chdir(tmp_path)
-    before = _made(tmp_path)
+    monkeypatch.chdir(folder)
+    before = _made(folder)
     assert main(["export", "--lake", "lake", "--format", "ids", *options]) == 2
     assert words in capsys.readouterr().err
-    assert _made(tmp_path) == before
+    assert _made(folder) == before
 
 
 def _made(folder: Path) -> list[Path]:

@@ -18,8 +18,8 @@ from flows.report import build_report
 from flows.report.facts import ReportFacts
 from flows.report.gather import gather_facts
 from flows.report.render import render_report
-from flows.report.scales import duration, nice_ticks, tick_label
 from flows.report.thumbnails import thumbnail_uri
+from flows.scales import duration, nice_ticks, tick_label
 from storage.errors import CorruptShard
 
 LOSS_NAMES = ("loss_itc", "loss_itm", "loss_lm")

@@ -7,7 +7,17 @@ from pathlib import Path
 
 from cycle import FinishedCycle, bootstrap, copied, drop_later_rounds
 
-from storage import Lake, layout, query, registry
+from storage import (
+    Lake,
+    basis_of,
+    commit_part,
+    drop_part,
+    layout,
+    list_parts,
+    query,
+    read_part,
+    registry,
+)
 
 
 def test_round_commands_show_and_change_the_champion(
@@ -33,6 +43,12 @@ def test_round_commands_show_and_change_the_champion(
     of_round = run("rounds", "1")
     assert "not measured: " in of_round, "sixteen human pictures are too few for a panel"
     assert "retrain" in of_round, "what it cost"
+    for part in list_parts(lake, "gate_rules", 1):
+        kept = read_part(lake, part)
+        drop_part(lake, part)
+        assert "no rules: " in run("rounds", "1"), "as in a lake of an older version"
+        basis = basis_of("gate", 1, {}, [])
+        commit_part(lake, "gate_rules", part.name, kept, round=1, basis=basis)
     (compared,) = json.loads(run("compare-rounds", "--format", "json"))
     assert compared["recall_gain_low"] <= compared["recall_gain"] <= compared["recall_gain_high"]
     costs = query(lake, "SELECT sum(seconds) AS s, sum(device_seconds) AS d FROM round_costs")

@@ -2,6 +2,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import duckdb
@@ -12,11 +13,11 @@ from rounds_of_rows import BASIS, caption, pair, scored, write_world
 
 from storage import layout, registry, rounds
 from storage.catalog import VIEWS, connect, query, stream, write_catalog
-from storage.errors import CorruptPart, QueryRefused
+from storage.errors import CorruptPart, QueryRefused, StorageError
 from storage.lake import Lake
 from storage.policy import decide
 from storage.schemas import TABLES
-from storage.tables import PartRef, commit_part, list_parts, read_part, rows_table
+from storage.tables import PartRef, commit_part, drop_part, list_parts, read_part, rows_table
 
 
 @pytest.fixture
@@ -38,11 +39,11 @@ def test_view_answers_with_the_same_columns_when_the_lake_is_empty(
     assert [str(t) for t in empty.schema.types] == [str(t) for t in full.schema.types]
 
 
-def _without_protocol(lake: Lake, ref: PartRef) -> None:
+def _without(lake: Lake, ref: PartRef, column: str) -> None:
     """Make a part what an older program committed: one column less."""
     data, manifest = read_part(lake, ref), layout.part_manifest(ref.table, ref.name, ref.round)
     buffer = pa.BufferOutputStream()
-    pq.write_table(data.drop_columns(["protocol"]), buffer)
+    pq.write_table(data.drop_columns([column]), buffer)
     old = buffer.getvalue().to_pybytes()
     lake.root.write_bytes(ref.path, old)
     record = json.loads(lake.root.read_bytes(manifest))
@@ -61,9 +62,9 @@ def test_parts_without_a_column_that_was_added_later_have_null_there(local_lake:
     def answers() -> list[tuple]:
         return [tuple(row.values()) for row in query(local_lake, asked).to_pylist()]
 
-    _without_protocol(local_lake, parts[0])
+    _without(local_lake, parts[0], "protocol")
     assert answers() == [(1, 0.5, 0.25, None), (2, 0.5, 0.25, "zero-shot")]
-    _without_protocol(local_lake, parts[1])
+    _without(local_lake, parts[1], "protocol")
     assert answers() == [(1, 0.5, 0.25, None), (2, 0.5, 0.25, None)]
     path = write_catalog(local_lake)
     assert path is not None
@@ -238,13 +239,30 @@ def test_models_view_tells_which_were_promoted(local_lake: Lake, tmp_path: Path)
         "FROM read_csv('/etc/passwd')",
         "FROM read_text('/etc/hostname')",
         "SELECT * FROM nowhere",
+        "FROM '/etc/passwd'",
+        "FROM read_blob('/etc/hostname')",
+        "FROM read_text('{root}/../beside.txt')",
+        "FROM glob('/etc/*')",
+        "FROM sniff_csv('/etc/passwd')",
+        "FROM parquet_metadata('/tmp/x.parquet')",
+        "FROM read_text('/proc/self/environ')",
+        "FROM read_csv('/dev/stdin')",
+        "FROM 'http://127.0.0.1:9/x.csv'",
+        "FROM duckdb_secrets()",
+        "FROM query('COPY (SELECT 1) TO ''{root}/x.csv''')",
+        "SELECT getenv('HOME')",
+        "LOAD httpfs",
+        "CALL pragma_version()",
+        "FROM before",
     ],
 )
 def test_query_refuses_what_writes_leaves_the_lake_or_fails(local_lake: Lake, sql: str) -> None:
-    before = local_lake.root.list_recursive("")
+    Path(local_lake.uri).with_name("beside.txt").write_text("secret")
+    # A table of this name, so that one of the queries could find it.
+    before = pa.table({"path": local_lake.root.list_recursive("")})
     with pytest.raises(QueryRefused):
         query(local_lake, sql.format(root=local_lake.uri))
-    assert local_lake.root.list_recursive("") == before
+    assert local_lake.root.list_recursive("") == before.column(0).to_pylist()
 
 
 @pytest.mark.parametrize("sql", ["FROM read_text('/etc/hostname')", "COPY (SELECT 1) TO '/tmp/x'"])
@@ -317,3 +335,87 @@ def test_connect_spills_within_its_memory_limit(local_lake: Lake) -> None:
         sql = "SELECT count(*) FROM (SELECT DISTINCT hash(range) FROM range(4_000_000))"
         assert con.execute(sql).fetchall() == [(4_000_000,)]
     assert isinstance(con, duckdb.DuckDBPyConnection)
+
+
+def test_policies_names_every_set_of_decisions_and_which_one_counts(decided: Lake) -> None:
+    own = decide(decided, 1)
+    other = decide(decided, 1, "raw", activate=False)
+    asked = "SELECT generation, counts, of_round, kept, kept_web FROM policies"
+    assert [tuple(row.values()) for row in query(decided, asked).to_pylist()] == [
+        (own.name, True, True, 4, 3),
+        (other.name, False, False, 4, 4),
+    ]
+    decide(decided, 1, "raw")
+    assert [tuple(row.values())[:3] for row in query(decided, asked).to_pylist()] == [
+        (other.name, True, False),
+        (own.name, False, True),
+    ]
+
+
+def test_macros_answer_what_views_answer(decided: Lake) -> None:
+    own, other = decide(decided, 1), decide(decided, 1, "raw", activate=False)
+    for macro, same in (
+        ("kept(1)", "clean"),
+        ("dropped(1)", "rejected"),
+        (f"verdicts_of(1, '{own.name}')", "verdicts"),
+    ):
+        left, right = (query(decided, f"FROM {each} ORDER BY caption_id") for each in (macro, same))
+        assert left.num_rows
+        assert left.equals(right), macro
+    of_raw = query(decided, f"SELECT caption_id FROM verdicts_of(1, '{other.name}') WHERE kept")
+    assert set(of_raw.column(0).to_pylist()) == {"w0", "w1", "w3"}
+    both = f"'{own.name}', '{other.name}'"
+    changed = query(decided, f"SELECT caption_id, kept_by_one FROM changed(1, {both})").to_pylist()
+    assert {tuple(row.values()) for row in changed} == {("w1", False), ("s0", True)}
+    image_id = pair(0)["image_id"]
+    texts = query(decided, f"SELECT caption_id, generation FROM texts_of('{image_id}')")
+    assert texts.num_rows == 4, "two texts, each decided twice"
+    near = query(decided, "SELECT caption_id FROM borderline(1, 0.5, 0.25)").column(0).to_pylist()
+    assert near == ["w3", "s0"]
+
+
+def test_decisions_of_an_older_lake_are_their_policys_generation(local_lake: Lake) -> None:
+    write_world(local_lake)
+    ref = decide(local_lake, 1)
+    rows = read_part(local_lake, ref)
+    drop_part(local_lake, ref)
+    old = commit_part(local_lake, "decisions", "blip", rows, round=1, basis=BASIS)
+    _without(local_lake, old, "generation")
+    local_lake.root.write_bytes(layout.round_policy(1), b'{"policy": "blip"}')
+    asked = "SELECT DISTINCT policy, generation FROM clean"
+    assert query(local_lake, asked).to_pylist() == [{"policy": "blip", "generation": "blip"}]
+    assert query(local_lake, "FROM clean").num_rows == 3
+    other = decide(local_lake, 1, params={"threshold": 0.85})
+    assert query(local_lake, asked).to_pylist() == [{"policy": "blip", "generation": other.name}]
+    found = query(local_lake, "SELECT generation, counts, of_round FROM policies").to_pylist()
+    assert found[1] == {"generation": "blip", "counts": False, "of_round": True}
+
+
+def test_reader_sees_whole_parts_only_while_a_run_writes(decided: Lake) -> None:
+    """A 0-byte part, half a part and a half-written file lie around, and parts come all the while."""
+    (ref,) = list_parts(decided, "scores", 1)
+    half = decided.root.read_bytes(ref.path)[:100]
+    for table in ("scores", "decisions"):
+        for name, data in (("web-x", b""), ("web-y", half), ("_tmp-abc-web-z", half)):
+            decided.root.write_bytes(f"tables/{table}/round=0001/{name}.parquet", data)
+    expected = query(decided, "SELECT count(*) AS n FROM decisions").to_pylist()[0]["n"]
+    stop, failures, answers = threading.Event(), [], []
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                rows = query(decided, "SELECT generation, count(*) AS n FROM decisions GROUP BY 1")
+                answers.append({row["generation"]: row["n"] for row in rows.to_pylist()})
+            except (StorageError, OSError) as err:
+                failures.append(err)
+                return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(12):
+        decide(decided, 1, params={"threshold": number / 20}, activate=number % 2 == 0)
+    stop.set()
+    reader.join()
+    assert not failures
+    assert len(answers) > 2
+    assert all(set(answer.values()) == {expected} for answer in answers), answers

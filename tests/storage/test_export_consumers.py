@@ -282,6 +282,8 @@ def test_card_says_where_it_comes_from(folder: Path, name: str) -> None:
         "Policy `blip`",
         "threshold = 0.5",
         "| decided | web, dropped |",
+        "| exported | withheld: reserved for measuring, or opted out since | 4 |",
+        f"| exported | texts, all | {num} |",
         "| CC-BY-4.0 |",
         "| not stated |",
         "| canaries | noise_left | 0.0300 | 0.0100 to 0.0700 | 400 |",

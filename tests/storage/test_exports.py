@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from export_world import kept_texts, web_picture, write_lake
 
-from storage import ids
+from storage import ids, query
 from storage.errors import ConfigError, CorruptData, EmptyInput, LakeBusy, StaleOutput
 from storage.exports import Options, export
 from storage.exports.format import DamagedExport
@@ -28,6 +29,13 @@ FORMATS = ("webdataset", "hf-parquet", "blip-json", "coco-json", "ids")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Lake:
     """The lake, for tests that only read it."""
     return write_lake(str(tmp_path_factory.mktemp("exports") / "lake"))
+
+
+@pytest.fixture
+def own(shared: Lake, tmp_path: Path) -> Lake:
+    """A copy in `tmp_path/lake`, for tests that change it."""
+    shutil.copytree(shared.uri, tmp_path / "lake")
+    return Lake.open(str(tmp_path / "lake"))
 
 
 def wanted_ids(with_human: bool = False, threshold: float = 0.5) -> set[str]:
@@ -67,6 +75,17 @@ def test_export_holds_what_the_policy_kept_and_nothing_that_must_stay(
         assert ids.image_id(web_picture(number)) not in {row["image_id"] for row in rows}
     canary = ids.image_id(export_world.draw(40 + export_world.CANARY))
     assert canary not in {row["image_id"] for row in rows}
+
+
+def test_export_of_what_counts_is_the_view_clean_less_who_has_opted_out(
+    shared: Lake, tmp_path: Path
+) -> None:
+    export(shared, str(tmp_path / "x"), Options(format="ids"))
+    clean = query(shared, "SELECT caption_id, image_id FROM clean").to_pylist()
+    opted_out = ids.image_id(web_picture(export_world.OPTED_OUT))
+    assert opted_out in {row["image_id"] for row in clean}
+    left = {row["caption_id"] for row in clean if row["image_id"] != opted_out}
+    assert set(exported_ids(tmp_path / "x")) == left
 
 
 def test_export_of_ids_has_addresses_and_may_be_csv(shared: Lake, tmp_path: Path) -> None:
@@ -125,48 +144,47 @@ def test_export_to_memory_and_from_memory_is_as_on_a_disk(tmp_path: Path, shared
     assert found == on_disk
 
 
-def test_export_follows_a_policy_by_name_and_leaves_the_active_one(tmp_path: Path) -> None:
-    lake = write_lake(str(tmp_path / "lake"))
-    active = active_generation(lake, 1)
+def test_export_follows_a_policy_by_name_and_leaves_the_active_one(
+    own: Lake, tmp_path: Path
+) -> None:
+    active = active_generation(own, 1)
     mine = tmp_path / "long.sql"
     mine.write_text(
         "SELECT caption_id, length(caption) > 20 AS kept, 'length' AS reason FROM candidates"
     )
-    done = export(lake, str(tmp_path / "x"), Options(format="ids"), policy=str(mine), params={})
+    done = export(own, str(tmp_path / "x"), Options(format="ids"), policy=str(mine), params={})
     everything = kept_texts(threshold=0.0)
     wanted = {ids.caption_id(*text) for text in everything if len(text[2]) > 20}
     assert set(exported_ids(tmp_path / "x")) == wanted
     assert done.policy == "long"
-    assert active_generation(lake, 1) == active
-    again = export(lake, str(tmp_path / "y"), Options(format="ids"), policy="long")
+    assert active_generation(own, 1) == active
+    again = export(own, str(tmp_path / "y"), Options(format="ids"), policy="long")
     assert again.generation == done.generation
     assert hashes(tmp_path / "x")["export.json"] == hashes(tmp_path / "y")["export.json"]
 
 
-def test_export_decides_by_a_policy_that_has_not_decided_yet(tmp_path: Path) -> None:
-    lake = write_lake(str(tmp_path / "lake"))
-    before = active_generation(lake, 1)
-    done = export(lake, str(tmp_path / "x"), Options(format="ids"), policy="synthetic")
-    assert (done.policy, active_generation(lake, 1)) == ("synthetic", before)
+def test_export_decides_by_a_policy_that_has_not_decided_yet(own: Lake, tmp_path: Path) -> None:
+    before = active_generation(own, 1)
+    done = export(own, str(tmp_path / "x"), Options(format="ids"), policy="synthetic")
+    assert (done.policy, active_generation(own, 1)) == ("synthetic", before)
     wanted = {ids.caption_id(*t) for t in kept_texts(threshold=0.0) if t[1] == "synthetic"}
     assert set(exported_ids(tmp_path / "x")) == wanted
 
 
-def test_export_names_the_ways_in_which_a_policy_has_decided(tmp_path: Path) -> None:
-    lake = write_lake(str(tmp_path / "lake"))
+def test_export_names_the_ways_in_which_a_policy_has_decided(own: Lake, tmp_path: Path) -> None:
     options = Options(format="ids")
     names = [
-        export(lake, str(tmp_path / str(t)), options, policy="itc", params={"threshold": t})
+        export(own, str(tmp_path / str(t)), options, policy="itc", params={"threshold": t})
         for t in (0.5, 0.6)
     ]
     with pytest.raises(ConfigError, match="policy itc has decided round 1 in several ways: itc-"):
-        export(lake, str(tmp_path / "x"), options, policy="itc")
-    done = export(lake, str(tmp_path / "x"), options, policy=names[1].generation)
+        export(own, str(tmp_path / "x"), options, policy="itc")
+    done = export(own, str(tmp_path / "x"), options, policy=names[1].generation)
     assert (done.policy, done.generation) == ("itc", names[1].generation)
     assert set(exported_ids(tmp_path / "x")) == wanted_ids(threshold=0.85)
-    again = export(lake, str(tmp_path / "y"), options, params={"threshold": 0.6})
+    again = export(own, str(tmp_path / "y"), options, params={"threshold": 0.6})
     assert again.policy == "blip", "parameters alone are those of the policy that counts"
-    assert export(lake, str(tmp_path / "z"), options, policy="blip").num_texts == len(kept_texts())
+    assert export(own, str(tmp_path / "z"), options, policy="blip").num_texts == len(kept_texts())
 
 
 @pytest.mark.parametrize(
@@ -179,20 +197,18 @@ def test_export_names_the_ways_in_which_a_policy_has_decided(tmp_path: Path) -> 
     ],
 )
 def test_export_names_an_unknown_policy_parameter_or_round(
-    tmp_path: Path, arguments: dict, words: str
+    own: Lake, tmp_path: Path, arguments: dict, words: str
 ) -> None:
-    lake = write_lake(str(tmp_path / "lake"))
     with pytest.raises(ConfigError, match=words):
-        export(lake, str(tmp_path / "x"), Options(format="ids"), **arguments)
+        export(own, str(tmp_path / "x"), Options(format="ids"), **arguments)
     assert not (tmp_path / "x").exists()
 
 
-def test_export_of_nothing_says_so(tmp_path: Path) -> None:
-    lake = write_lake(str(tmp_path / "lake"))
+def test_export_of_nothing_says_so(own: Lake, tmp_path: Path) -> None:
     none = tmp_path / "none.sql"
     none.write_text("SELECT caption_id, false AS kept, 'none' AS reason FROM candidates")
     with pytest.raises(EmptyInput, match="keeps no text that may leave the lake"):
-        export(lake, str(tmp_path / "x"), Options(format="ids"), policy=str(none), params={})
+        export(own, str(tmp_path / "x"), Options(format="ids"), policy=str(none), params={})
     empty = Lake.open(str(tmp_path / "empty"), create=True)
     with pytest.raises(EmptyInput, match="has no decisions"):
         export(empty, str(tmp_path / "x"), Options(format="ids"))
@@ -277,11 +293,10 @@ def test_two_exports_into_one_place_do_not_mix(shared: Lake, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("format", ["webdataset", "hf-parquet", "blip-json", "coco-json"])
 def test_image_that_its_shard_has_lost_is_a_row_with_its_reason(
-    tmp_path: Path, format: str
+    own: Lake, tmp_path: Path, format: str
 ) -> None:
-    lake = write_lake(str(tmp_path / "lake"))
     export_world.damage(tmp_path / "lake", 2)
-    done = export(lake, str(tmp_path / "x"), Options(format=format, shard_images=4))
+    done = export(own, str(tmp_path / "x"), Options(format=format, shard_images=4))
     (line,) = (tmp_path / "x" / "not_exported.jsonl").read_text().splitlines()
     row = json.loads(line)
     assert row["image_id"] == ids.image_id(web_picture(2))
@@ -289,22 +304,25 @@ def test_image_that_its_shard_has_lost_is_a_row_with_its_reason(
     assert "has not the image" in row["reason"]
     assert done.num_lost == 1
     assert done.num_texts == len(kept_texts()) - 3
-    assert "1 images were kept but could not be read" in (tmp_path / "x/README.md").read_text()
+    card = (tmp_path / "x/README.md").read_text()
+    assert "1 images were kept but could not be read" in card
+    assert "| exported | image could not be read | 3 |" in card
 
 
-def test_lost_shard_costs_its_images_and_lost_shards_end_the_export(tmp_path: Path) -> None:
-    lake = write_lake(str(tmp_path / "lake"))
+def test_lost_shard_costs_its_images_and_lost_shards_end_the_export(
+    own: Lake, tmp_path: Path
+) -> None:
     shards = sorted((tmp_path / "lake" / "shards").glob("web-*.tar"))
     content = [shard.read_bytes() for shard in shards]
     shards[0].unlink()
-    done = export(lake, str(tmp_path / "x"), Options(format="webdataset"))
+    done = export(own, str(tmp_path / "x"), Options(format="webdataset"))
     assert done.num_lost == 4
     shards[1].unlink()
     with pytest.raises(CorruptData, match=r"none of the 9 images can be read, .* is gone"):
-        export(lake, str(tmp_path / "y"), Options(format="webdataset"))
+        export(own, str(tmp_path / "y"), Options(format="webdataset"))
     for shard, data in zip(shards, content, strict=True):
         shard.write_bytes(data)
-    assert export(lake, str(tmp_path / "y"), Options(format="webdataset")).num_lost == 0
+    assert export(own, str(tmp_path / "y"), Options(format="webdataset")).num_lost == 0
 
 
 @pytest.mark.parametrize(
@@ -341,24 +359,24 @@ def test_damage_after_the_export_is_named_and_mended_by_the_same_command(
 
 
 @pytest.mark.parametrize("format", ["webdataset", "coco-json"])
-def test_restored_image_comes_in_by_the_same_command(tmp_path: Path, format: str) -> None:
-    lake = write_lake(str(tmp_path / "lake"))
+def test_restored_image_comes_in_by_the_same_command(
+    own: Lake, tmp_path: Path, format: str
+) -> None:
     options = Options(format=format, shard_images=4)
-    export(lake, str(tmp_path / "whole"), options)
+    export(own, str(tmp_path / "whole"), options)
     (tar,) = (tmp_path / "lake" / "shards").glob("web-*-00000.tar")
     data = tar.read_bytes()
     export_world.damage(tmp_path / "lake", 2)
-    export(lake, str(tmp_path / "x"), options)
-    assert export(lake, str(tmp_path / "x"), options).num_lost == 1, "still lost"
+    export(own, str(tmp_path / "x"), options)
+    assert export(own, str(tmp_path / "x"), options).num_lost == 1, "still lost"
     tar.write_bytes(data)
-    assert export(lake, str(tmp_path / "x"), options).num_lost == 0
+    assert export(own, str(tmp_path / "x"), options).num_lost == 0
     assert hashes(tmp_path / "x") == hashes(tmp_path / "whole")
 
 
-def test_export_writes_nothing_into_the_lake(tmp_path: Path) -> None:
-    lake = write_lake(str(tmp_path / "lake"))
+def test_export_writes_nothing_into_the_lake(own: Lake, tmp_path: Path) -> None:
     before = hashes(tmp_path / "lake")
-    export(lake, str(tmp_path / "x"), Options(format="hf-parquet"))
+    export(own, str(tmp_path / "x"), Options(format="hf-parquet"))
     assert hashes(tmp_path / "lake") == before
-    (sample, *_) = iter_shard(lake, "web-0001-00-00000")
+    (sample, *_) = iter_shard(own, "web-0001-00-00000")
     assert sample.image == web_picture(0)

@@ -5,6 +5,7 @@ import random
 from collections import defaultdict
 from pathlib import Path
 
+import duckdb
 import pytest
 from rounds_of_rows import BASIS, caption, pair, scored
 
@@ -12,6 +13,8 @@ from storage.errors import ConfigError
 from storage.lake import Lake
 from storage.policy import decide
 from storage.policy_file import built_in_policies, read_policy
+from storage.policy_run import columns_of
+from storage.policy_sql import parse
 from storage.tables import commit_part, drop_part, list_parts, part_manifest, read_part, rows_table
 
 SHARDS = ("web-0001-00-00000", "web-0001-00-00001", "web-0001-00-00002")
@@ -198,7 +201,7 @@ def test_every_policy_is_documented_and_says_how_it_decides() -> None:
         ("blip", {"threshold": float("nan")}, "nan is not a number"),
         ("blip", {"threshold": True}, "True is not a number"),
         ("top_k", {"k": 1.5}, "1.5 is not a whole number from 1 to 1000"),
-        ("top_k", {"ranked_by": "luck"}, "'luck' is not one of itm_prob, itc_sim"),
+        ("top_k", {"ranked_by": "luck"}, "'luck' is not one of itm_prob, itc_sim, judge_itm_prob"),
         ("top_k", {"threshold": 0.5}, "no parameter 'threshold'; its parameters: k: a whole number from 1 to 1000"),
         ("raw", {"threshold": 0.5}, "no parameter 'threshold'; its parameters: none"),
     ],
@@ -225,3 +228,33 @@ def test_policy_of_a_user_that_does_not_say_how_it_decides_sees_all_texts_at_onc
         _texts(many), key=lambda t: (-(t["x"] if t["x"] is not None else -1), t["caption_id"])
     )
     assert _kept(many, str(mine)) == {t["caption_id"] for t in texts[:10]}
+
+
+def test_top_k_ranks_by_what_the_judge_said_of_its_sample(many: Lake) -> None:
+    with pytest.raises(
+        ConfigError, match="ranks by judge_itc_sim, and the judge has said none of round 1"
+    ):
+        decide(many, 1, "top_k", {"ranked_by": "judge_itc_sim"})
+    rng = random.Random(5)
+    said = {t["caption_id"]: rng.random() for t in _texts(many) if int(t["image_id"], 16) % 2 == 0}
+    rows = [
+        {k: t[k] for k in ("caption_id", "image_id", "source")}
+        | {"model_id": "judge", "itc_sim": said[t["caption_id"]], "round": 1}
+        for t in _texts(many)
+        if t["caption_id"] in said
+    ]
+    commit_part(many, "judgements", "j", rows_table("judgements", rows), round=1, basis=BASIS)
+    best: dict[str, str] = {}
+    for text in sorted(_texts(many), key=lambda t: -said.get(t["caption_id"], 0)):
+        if text["caption_id"] in said:
+            best.setdefault(text["image_id"], text["caption_id"])
+    assert _kept(many, "top_k", k=1, ranked_by="judge_itc_sim") == set(best.values())
+
+
+def test_policies_read_no_column_that_they_do_not_need() -> None:
+    """`*` would make the program join pairs and judgements for nothing."""
+    with duckdb.connect() as con:
+        for name in built_in_policies():
+            columns = columns_of(parse(con, read_policy(name)))
+            assert "caption" not in columns, name
+            assert ("source_name" in columns) == (name == "percentile_by_source_name")
