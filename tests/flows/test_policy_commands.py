@@ -1,5 +1,6 @@
 """`decide` by hand, `sweep`, `why`, `sql` and `policies`, as a user types them."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -15,8 +16,11 @@ from lake_tables import LakeTables
 
 from flows.errors import SettingsError
 from flows.quickstart.world import WorldConfig, build_world
+from flows.session import Run
+from flows.settings import parse_settings
+from flows.steps.decide import decide_round
 from flows.sweep_command import noise_estimate, values_of
-from storage import Lake, basis_of, commit_part, connect, drop_part, list_parts, query
+from storage import Lake, basis_of, commit_part, connect, drop_part, list_parts, query, rounds
 from storage.generations import active_generation
 from storage.policy import decide
 from storage.tables import rows_table
@@ -246,3 +250,15 @@ def test_policies_are_listed_with_what_they_take(tmp_path: Path) -> None:
     said = bootstrap("policies", cwd=tmp_path).stdout
     assert "top_k: The k best texts of each image" in said
     assert "    k: a whole number from 1 to 1000, 2 when not given: texts kept for an image" in said
+
+
+def test_stage_of_a_finished_round_leaves_what_was_chosen_by_hand(made: Lake) -> None:
+    run = Run(made, parse_settings({"preset": None, "machine": {"lake": made.uri}}), 1)
+    own, raw = decide_round(run), decide(made, 1, "raw")
+    record = rounds.begin_round(made, 1, {})
+    for status, counts in (("promoted", raw.name), ("running", own.name)):
+        rounds.write_round(made, dataclasses.replace(record, status=status))
+        assert decide_round(run) == own
+        now = active_generation(made, 1)
+        assert now is not None
+        assert (now.generation, now.of_round) == (counts, own.name)
