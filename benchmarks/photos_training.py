@@ -38,6 +38,7 @@ from blip_core import (
     MED,
     MEDConfig,
     MEDTokenizer,
+    Metric,
     TrainConfig,
     TrainLog,
     build_model,
@@ -280,8 +281,7 @@ def run(options: argparse.Namespace, config: MEDConfig) -> dict[str, Any]:
     return {
         "split": options.until,
         "metrics": {
-            title: [dataclasses.asdict(metric) for metric in found]
-            for title, found in metrics.items()
+            title: [_plain(metric) for metric in found] for title, found in metrics.items()
         },
         "captions": captions,
         "phases": phases,
@@ -345,6 +345,11 @@ def with_overrides(phases: dict[str, dict[str, Any]], overrides: list[str]) -> d
             found = json.loads(value)
             changed[name][field] = tuple(found) if isinstance(found, list) else found
     return changed
+
+
+def _plain(metric: Metric) -> dict[str, Any]:
+    """A metric without its resamples, for JSON."""
+    return {k: v for k, v in dataclasses.asdict(metric).items() if k != "resamples"}
 
 
 def main() -> None:
