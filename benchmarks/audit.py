@@ -18,9 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from blip_core.noise import Noise, NoiseModel, counted, score_ranges
+from blip_core.noise import Noise, NoiseModel, counted, score_ranges, share_of_draws
+from blip_core.rates import Rate
+from flows.audit.planting import WRITTEN
 from flows.quickstart.scenes import caption_is_true
 from flows.quickstart.world import load_world
+from flows.steps.audit import CanaryScores, noise_draws, noise_model
 from storage import Lake, connect
 
 KINDS = ("true", "random", "hard", "swapped")
@@ -97,11 +100,11 @@ def simulated(
 
 
 def resampled(lake: Path, world_folder: Path, source: str, repeats: int) -> Iterator[Repeat]:
-    """Repeats on the canaries and the texts of a real round of the quickstart."""
+    """Repeats on the canaries and the texts of a real round of the quickstart, as the audit estimates them."""
     scenes = load_world(world_folder).scenes()
     with connect(Lake.open(str(lake), read_only=True)) as con:
         planted = con.execute(
-            "SELECT image_id, kind, itm_prob FROM canaries WHERE round = 1 AND truth IS NOT NULL ORDER BY caption_id"
+            "SELECT image_id, kind, itm_prob, contradicted FROM canaries WHERE round = 1 ORDER BY caption_id"
         ).fetchall()
         texts = con.execute(
             "SELECT image_id, caption, itm_prob FROM verdicts "
@@ -114,12 +117,41 @@ def resampled(lake: Path, world_folder: Path, source: str, repeats: int) -> Iter
     for seed in range(repeats):
         rng = np.random.default_rng(seed)
         half = set(rng.choice(images, size=len(images) // 2, replace=False))
-        canaries = {
-            kind: np.array([p for image, of, p in planted if of == kind and image in half])
-            for kind in KINDS
-        }
+        canaries = scores_of([row[1:] for row in planted if row[0] in half])
         some = rng.choice(len(texts), size=len(texts) // 3, replace=False)
-        yield audit(canaries, scores[some], wrong[some])
+        yield audited(canaries, source, scores[some], wrong[some])
+
+
+def scores_of(planted: list[tuple[str, float, bool | None]]) -> CanaryScores:
+    """(kind, itm_prob, contradicted) of canaries as the audit takes them."""
+    written = [row for row in planted if row[0] == WRITTEN]
+    asked = [bool(row[2]) for row in planted if row[0] == "true" and row[2] is not None]
+    return CanaryScores(
+        number="itm_prob",
+        of_kind={kind: np.array([row[1] for row in planted if row[0] == kind]) for kind in KINDS},
+        of_stratum={},
+        written=np.array([row[1] for row in written]),
+        is_contradicted=np.array([row[2] for row in written], dtype=bool),
+        people_contradicted=Rate(hits=sum(asked), n=len(asked)),
+    )
+
+
+def audited(canaries: CanaryScores, source: str, scores: np.ndarray, wrong: np.ndarray) -> Repeat:
+    """Audit texts (N,) of a source kept from CUT on, as a round does."""
+    model, kept = noise_model(canaries, CUT), scores >= CUT
+    before, left = noise_draws(
+        canaries,
+        source,
+        model,
+        counted(scores, model.edges),
+        counted(scores[kept], model.edges),
+        CUT,
+    )
+    assert left is not None, "nothing was kept"
+    noise = Noise(
+        before=share_of_draws(before, len(scores)), left=share_of_draws(left, int(kept.sum()))
+    )
+    return Repeat(noise=noise, before=float(wrong.mean()), left=float(wrong[kept].mean()))
 
 
 def line(name: str, repeats: list[Repeat]) -> Line:
