@@ -219,7 +219,9 @@ def test_sql_writes_files_outside_the_lake_and_nothing_inside(made: Lake, tmp_pa
     assert not list(tmp_path.glob("_tmp-*"))
 
 
-def test_ctrl_c_ends_the_query_and_not_the_prompt(made: Lake) -> None:
+def test_ctrl_c_ends_the_query_and_not_the_prompt(
+    made: Lake, request: pytest.FixtureRequest
+) -> None:
     prompt = subprocess.Popen(
         [sys.executable, "-m", "flows.cli", "sql", "--lake", made.uri],
         stdin=subprocess.PIPE,
@@ -229,7 +231,10 @@ def test_ctrl_c_ends_the_query_and_not_the_prompt(made: Lake) -> None:
         bufsize=1,
         env=command_environment() | {"PYTHONUNBUFFERED": "1"},
         cwd=Path(made.uri).parent,
+        # A shell's background jobs, and so their children, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+    request.addfinalizer(prompt.kill)
     assert prompt.stdin is not None
     assert prompt.stdout is not None
     prompt.stdin.write("SELECT 'asked' AS first;\n")
