@@ -6,10 +6,12 @@ DuckDB CLI. The views are the files of `storage/sql`; DuckDB only reads.
 
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -23,6 +25,8 @@ from storage.lake import Lake
 from storage.parts_sql import quoted, rows_of
 from storage.schemas import TABLES
 from storage.tables import PartRef, list_parts
+
+T = TypeVar("T")
 
 VIEWS = (
     "reserved",
@@ -125,11 +129,13 @@ def stream(
     con = fenced(lake, memory_limit, threads)
     try:
         checked_statement(con, sql)
-        reader = con.sql(sql, params=dict(params) if params else None).to_arrow_reader(10_000)
+        given = dict(params) if params else None
+        reader = stoppable(con, lambda: con.sql(sql, params=given).to_arrow_reader(10_000))
         yield pa.RecordBatch.from_arrays(
             [pa.array([], f.type) for f in reader.schema], schema=reader.schema
         )
-        yield from reader
+        while (batch := stoppable(con, lambda: next(reader, None))) is not None:
+            yield batch
     except (duckdb.Error, pa.ArrowException) as err:
         raise QueryRefused(f"the query failed: {err}") from err
     except RuntimeError as err:
@@ -146,6 +152,27 @@ def memory_bytes(limit: str) -> int:
         raise ConfigError(f"memory limit {limit!r} is none; give one such as 2GB or 512MiB")
     base = 1024 if found[3] else 1000
     return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
+
+
+def stoppable(con: duckdb.DuckDBPyConnection, work: Callable[[], T]) -> T:
+    """`work()` on a connection, such that Ctrl-C ends it at once.
+
+    DuckDB looks for signals between its own steps, and one step may take for ever: so another thread works, and the
+    main one waits where Python can wake it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(work)
+        while True:
+            try:
+                return coming.result(timeout=0.1)
+            except TimeoutError:
+                if coming.done():
+                    raise
+            except KeyboardInterrupt:
+                con.interrupt()
+                raise
 
 
 def raise_if_stopped(err: RuntimeError) -> None:

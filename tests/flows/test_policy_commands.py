@@ -112,6 +112,8 @@ def test_decide_by_hand_says_what_is_wrong_with_a_policy_or_parameter(made: Lake
 
 
 def test_sweep_prints_draws_and_gives_rows(made: Lake, tmp_path: Path) -> None:
+    for part in list_parts(made, "canaries"):
+        drop_part(made, part)
     drawing = tmp_path / "sweep.svg"
     said = _run(
         made, "sweep", "--over", "threshold=0.25:0.75:0.25", "--json", "--plot", str(drawing)
