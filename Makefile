@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: setup quickstart demo-rounds test up down lint format clean
+.PHONY: setup quickstart demo-rounds test soak up down lint format clean
 
 setup: $(STAMP)
 
@@ -33,7 +33,12 @@ down:
 
 test: setup
 	@sh scripts/chromium.sh
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# The fault suite of the intake at length, on loopback: some 100,000 rows and 50 kills.
+soak: setup
+	BOOTSTRAP_SOAK_ROWS=100000 BOOTSTRAP_SOAK_KILLS=50 BOOTSTRAP_SOAK_OUT=soak.md \
+		$(BIN)/python -m pytest -q --timeout 7200 tests/storage/test_faults.py
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -15,6 +15,7 @@ from flows import (
     compare_command,
     decide_command,
     exports,
+    ingest_command,
     round_commands,
     sql_command,
     sweep_command,
@@ -82,6 +83,8 @@ def parser() -> argparse.ArgumentParser:
         _settings_options(stage)
         if name == "decide":
             decide_command.add_options(stage)
+        if name == "ingest":
+            ingest_command.add_options(stage)
     _model_commands(commands)
     exports.register(commands)
     sweep_command.register(commands, _command)
@@ -198,6 +201,8 @@ def _quickstart(options: argparse.Namespace) -> int:
 def _stage(options: argparse.Namespace) -> int:
     if options.name == "decide" and decide_command.is_by_hand(options):
         return decide_command.decide_by_hand(options)
+    if ingest_command.is_trial(options):
+        return ingest_command.try_lists(settings_from(options), options.dry_run)
     from flows import stages
     from flows.terminal import console
 

@@ -158,6 +158,38 @@ class IngestSettings(Section):
     """Seconds that a server may be silent before a download is given up."""
     request_deadline_s: float = Field(default=60.0, gt=0)
     """Seconds until a download is given up however it goes."""
+    min_bytes_per_s: int = Field(default=1000, ge=0)
+    """A response that is slower is given up, once it has had 5 seconds."""
+    max_image_bytes: int = Field(default=50_000_000, ge=1)
+    """Reading a response stops there."""
+    max_image_pixels: int = Field(default=100_000_000, ge=1)
+    """Images with more are refused before they are decoded."""
+    max_redirects: int = Field(default=5, ge=0)
+    """Redirects that are followed."""
+    retry_passes: int = Field(default=2, ge=0)
+    """How often rows are asked for again whose failure may pass: timeouts, 5xx, 429, connections, lost rows."""
+    retry_wait_s: float = Field(default=10.0, ge=0)
+    """Seconds before the first of these passes, doubled before each further one."""
+    per_host: int = Field(default=8, ge=1)
+    """Requests at once to one host."""
+    host_delay_s: float = Field(default=0.0, ge=0)
+    """Seconds between the starts of two requests to one host; robots.txt may ask for more."""
+    max_crawl_delay_s: float = Field(default=10.0, ge=0)
+    """Longest pause of a robots.txt that is kept to; a host that asks for a longer one is not fetched from."""
+    host_failures: int = Field(default=20, ge=1)
+    """Failures in a row after which a host is left alone for a while."""
+    host_cool_down_s: float = Field(default=60.0, ge=0)
+    """Seconds that such a host is left alone; what is asked of it meanwhile fails alike."""
+    turn_patience_s: float = Field(default=30.0, gt=0)
+    """Longest wait for a turn at a host, in seconds."""
+    robots: Literal["honour", "ignore"] = "honour"
+    """Whether robots.txt is asked for and kept to."""
+    disallowed_headers: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex", "noml")
+    """X-Robots-Tag directives that opt an image out."""
+    honour_tdm: bool = True
+    """Whether the header `tdm-reservation: 1` opts an image out."""
+    allow_addresses: tuple[str, ...] = ()
+    """Networks that may be reached although they are not public, as 10.0.0.0/8."""
     processes: int = Field(default=1, ge=1)
     """Processes of img2dataset."""
     threads: int = Field(default=32, ge=1)
@@ -167,7 +199,9 @@ class IngestSettings(Section):
     max_restarts: int = Field(default=3, ge=0)
     """Restarts of one slice before the ingest fails."""
     user_agent_token: str = "blip-bootstrap"
-    """Name in the user agent, by which site owners recognise this crawler."""
+    """Name in the user agent, by which site owners recognise this crawler and robots.txt addresses it."""
+    contact_url: str | None = None
+    """Page that tells site owners who asks, named in the user agent."""
     http_proxy: str | None = None
     """Forward proxy for all downloads, as http://host:port."""
 

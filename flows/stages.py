@@ -155,7 +155,7 @@ def evaluate(settings: BootstrapSettings) -> StageResult:
             for done, ref in enumerate(wanted):
                 parts.append(tasks.evaluate_model_task(run, ref))
                 if run.settings.world is not None and ref in whole:
-                    parts.append(measure_truth(run, ref, drawn_world(run)))
+                    parts.append(measure_truth(run, ref, drawn_world(run.settings)))
                 progress(done + 1, len(wanted), ref.model_id[:8])
         parts += measure_captions(run)
         return _result(run, "evaluate", parts)

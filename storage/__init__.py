@@ -25,8 +25,8 @@ from storage.errors import (
 )
 from storage.fingerprint import basis_of, fingerprint, fingerprint_of
 from storage.ids import caption_id, image_id
+from storage.intake.download_config import DownloadConfig
 from storage.intake.human import CaptionSetConfig, ingest_captions
-from storage.intake.img2dataset import DownloadConfig
 from storage.intake.url_list import UrlListConfig
 from storage.intake.web import ingest_urls
 from storage.lake import Lake

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -35,6 +36,15 @@ _IDS_DIFFER = {
 }
 _WRITERS: dict[str, dict[str, Any]] = {"decisions": _IDS_DIFFER}
 """Ids of 32 random hex digits: no dictionary holds them, and the least effort makes them as small as more does."""
+
+_LOOKED_UP: dict[str, tuple[str, ...]] = {
+    "pairs": ("image_id", "url"),
+    "captions": ("caption_id", "image_id"),
+    "scores": ("image_id",),
+    "decisions": ("image_id",),
+}
+"""Columns that one value is looked for in. Ids are random, so least and greatest leave no row group out; a Bloom filter,
+about a byte a row, leaves out nearly all."""
 
 OnStale = Literal["error", "rebuild"]
 
@@ -119,7 +129,7 @@ def commit_batches(
     lake.root.remove(manifest_path)
     with lake.root.staged(path) as tmp:
         with explained(lake.root, path):
-            num_rows = _write_parquet(tmp, schema_of(table), batches, **_WRITERS.get(table, {}))
+            num_rows = _write_parquet(tmp, table, batches)
             num_bytes, sha256 = tmp.stat().st_size, file_sha256(tmp)
     timings = {**clock.timings, "write": round_to_ms(time.perf_counter() - began)}
     if callable(counts):
@@ -260,26 +270,39 @@ def round_to_ms(seconds: float) -> float:
     return float(f"{seconds:.3f}")
 
 
-def _write_parquet(
-    path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], **options: Any
-) -> int:
+def _write_parquet(path: Path, table: str, batches: Iterable[pa.RecordBatch]) -> int:
     """Row groups of ROW_GROUP_ROWS, whatever the batches' sizes; the number of rows."""
-    num_rows, held, pending = 0, 0, []
-    options = {"compression": "zstd", "compression_level": 3} | options
-    with pq.ParquetWriter(path, schema, **options) as writer:
-        for batch in batches:
-            pending.append(batch)
-            held += batch.num_rows
-            num_rows += batch.num_rows
-            while held >= ROW_GROUP_ROWS:
-                table = pa.Table.from_batches(pending).combine_chunks()
-                writer.write_table(table.slice(0, ROW_GROUP_ROWS).cast(schema), ROW_GROUP_ROWS)
-                pending = table.slice(ROW_GROUP_ROWS).to_batches()
-                held -= ROW_GROUP_ROWS
-        if held or not num_rows:
-            rest = pa.Table.from_batches(pending) if pending else schema.empty_table()
-            writer.write_table(rest.combine_chunks().cast(schema), ROW_GROUP_ROWS)
+    schema = schema_of(table)
+    groups = _row_groups(schema, batches)
+    first = next(groups)
+    options: dict[str, Any] = {"compression": "zstd", "compression_level": 3}
+    options |= _WRITERS.get(table, {})
+    filters = {
+        name: {"ndv": max(first.num_rows, 1), "fpp": 0.01} for name in _LOOKED_UP.get(table, ())
+    }
+    num_rows = 0
+    with pq.ParquetWriter(path, schema, bloom_filter_options=filters or None, **options) as writer:
+        for group in chain([first], groups):
+            writer.write_table(group.cast(schema), ROW_GROUP_ROWS)
+            num_rows += group.num_rows
     return num_rows
+
+
+def _row_groups(schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """The rows of all batches in tables of ROW_GROUP_ROWS, the last one smaller; an empty one for no rows."""
+    held, pending, is_empty = 0, [], True
+    for batch in batches:
+        pending.append(batch)
+        held += batch.num_rows
+        while held >= ROW_GROUP_ROWS:
+            rows = pa.Table.from_batches(pending).combine_chunks()
+            yield rows.slice(0, ROW_GROUP_ROWS)
+            is_empty = False
+            pending = rows.slice(ROW_GROUP_ROWS).to_batches()
+            held -= ROW_GROUP_ROWS
+    if held or is_empty:
+        rest = pa.Table.from_batches(pending) if pending else schema.empty_table()
+        yield rest.combine_chunks()
 
 
 def _check_size(lake: Lake, ref: PartRef, manifest: Manifest) -> None:

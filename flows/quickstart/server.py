@@ -135,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "html":
             self._answer(200, "image/jpeg", HTML)
         elif fault == "truncated":
-            self._answer(200, "image/jpeg", data[: len(data) // 2], length=len(data))
+            self._answer(200, "image/jpeg", data[: len(data) // 2])
         elif fault == "opted_out":
             self._answer(200, "image/jpeg", data, robots="noai, noimageai")
         elif fault == "tiny":
@@ -145,12 +145,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.closing.wait(self.server.slow_seconds)
             self._answer(200, "image/jpeg", data)
 
-    def _answer(
-        self, status: int, kind: str, body: bytes, *, length: int = 0, robots: str = ""
-    ) -> None:
+    def _answer(self, status: int, kind: str, body: bytes, *, robots: str = "") -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(length or len(body)))
+        self.send_header("Content-Length", str(len(body)))
         if robots:
             self.send_header("X-Robots-Tag", robots)
         self.end_headers()

@@ -12,6 +12,7 @@ from flows.quickstart.server import WorldServer
 from flows.quickstart.world import World, WorldConfig, build_world
 from flows.sections import CaptionSetSettings, IngestSettings, UrlListSettings
 from flows.session import Run
+from flows.settings import BootstrapSettings
 from storage import (
     CaptionSetConfig,
     DownloadConfig,
@@ -34,7 +35,7 @@ def ingest_all(run: Run, on_progress: Callable[[int, int], None]) -> list[PartRe
         EmptyInput: nothing to take in, no human pairs, or every URL is dead.
     """
     parts: list[PartRef] = []
-    with sources(run) as settings:
+    with served_lists(run.settings) as settings:
         if not (settings.url_lists or settings.human or settings.heldout):
             raise EmptyInput(
                 "there is nothing to take in: give ingest.url_lists, ingest.human and "
@@ -50,9 +51,7 @@ def ingest_all(run: Run, on_progress: Callable[[int, int], None]) -> list[PartRe
         )
         drawn = draw_canaries(run.lake, run.round, draw, on_stale=run.on_stale)
         parts += [drawn] if drawn is not None else []
-        download = DownloadConfig(
-            **settings.model_dump(exclude={"url_lists", "human", "heldout"}),
-        )
+        download = download_config(settings)
         for position, url_list in enumerate(settings.url_lists):
             parts += ingest_urls(
                 run.lake,
@@ -89,16 +88,20 @@ def require_sets(run: Run) -> None:
                 )
 
 
+def download_config(settings: IngestSettings) -> DownloadConfig:
+    """How the lists of the settings are fetched."""
+    return DownloadConfig(**settings.model_dump(exclude={"url_lists", "human", "heldout"}))
+
+
 @contextmanager
-def sources(run: Run) -> Iterator[IngestSettings]:
+def served_lists(settings: BootstrapSettings) -> Iterator[IngestSettings]:
     """The ingest settings; with a world in the settings, drawn, served and filled in."""
-    settings = run.settings.ingest
-    if run.settings.world is None:
-        yield settings
+    if settings.world is None:
+        yield settings.ingest
         return
-    world = drawn_world(run)
-    with WorldServer(world.folder, slow_seconds=run.settings.world.slow_seconds) as server:
-        yield settings.model_copy(
+    world = drawn_world(settings)
+    with WorldServer(world.folder, slow_seconds=settings.world.slow_seconds) as server:
+        yield settings.ingest.model_copy(
             update={
                 "url_lists": (
                     UrlListSettings(path=str(world.url_list), source_name_column="source_name"),
@@ -110,12 +113,11 @@ def sources(run: Run) -> Iterator[IngestSettings]:
         )
 
 
-def drawn_world(run: Run) -> World:
+def drawn_world(settings: BootstrapSettings) -> World:
     """The world of the settings, drawn if it is not there yet."""
-    settings = run.settings.world
-    assert settings is not None
-    config = WorldConfig(**settings.model_dump(exclude={"folder", "slow_seconds"}))
-    return build_world(config, Path(settings.folder))
+    assert settings.world is not None
+    config = WorldConfig(**settings.world.model_dump(exclude={"folder", "slow_seconds"}))
+    return build_world(config, Path(settings.world.folder))
 
 
 def _set(captions: Path, images: Path, name: str) -> CaptionSetSettings:

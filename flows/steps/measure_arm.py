@@ -119,7 +119,7 @@ def _figures(run: Run, loaded: LoadedModel, heldout: HeldOut) -> list[Metric]:
     _, metrics = evaluate.matching(run, loaded, heldout)
     metrics += evaluate.captioning(run, loaded, heldout)
     if run.settings.world is not None:
-        hits = truths(run, loaded, heldout, drawn_world(run))
+        hits = truths(run, loaded, heldout, drawn_world(run.settings))
         metrics.append(mean_metric(METRIC, np.array(hits, dtype=np.float64)))
     return metrics
 

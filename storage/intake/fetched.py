@@ -10,7 +10,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from storage.intake.img2dataset import shard_paths, tar_index
-from storage.intake.outcomes import status_of
+from storage.intake.outcomes import outcome_of
+from storage.schemas import OK
+
+NO_REASON = "img2dataset gave no reason"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,13 +32,24 @@ class Download:
     def __init__(self, fetch_list: Path, folder: Path, shard_rows: int) -> None:
         self.folder = folder
         self.shard_rows = shard_rows
-        self._rows = pq.read_table(fetch_list, columns=["row"]).column("row").to_numpy()
+        self._rows = np.sort(pq.read_table(fetch_list, columns=["row"]).column("row").to_numpy())
 
     def results(self, begin: int, end: int) -> "Results":
         """The results for row numbers begin to end - 1."""
         first, last = np.searchsorted(self._rows, [begin, end])
         shards = range(int(first) // self.shard_rows, math.ceil(int(last) / self.shard_rows))
         return Results(self.folder, shards if last > first else range(0))
+
+    def outcomes(self) -> dict[int, tuple[str, str]]:
+        """Status and reason of every row that the download has a word of."""
+        found = {}
+        for shard in range(math.ceil(len(self._rows) / self.shard_rows)):
+            parquet = shard_paths(self.folder, shard)[1]
+            table = pq.read_table(parquet, columns=["row", "status", "error_message"])
+            for row, status, error in zip(*table.to_pydict().values(), strict=True):
+                is_image = status == "success"
+                found[row] = (OK, "") if is_image else outcome_of(error or NO_REASON)
+        return found
 
 
 class Results:
@@ -46,14 +60,17 @@ class Results:
         for shard in shards:
             self._load(folder, shard)
 
+    def __contains__(self, row: int) -> bool:
+        return row in self._found
+
     def get(self, row: int) -> Fetched | None:
         """The result for a row, None when img2dataset left no word of it."""
         if row not in self._found:
             return None
         status, error, tar, where, fetched_at = self._found[row]
         if status != "success" or where is None:
-            error = error or "img2dataset gave no reason"
-            return Fetched(image=None, error=error, status=status_of(error), fetched_at=fetched_at)
+            status, reason = outcome_of(error or NO_REASON)
+            return Fetched(image=None, error=reason, status=status, fetched_at=fetched_at)
         with tar.open("rb") as f:
             f.seek(where[0])
             image = f.read(where[1])

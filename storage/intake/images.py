@@ -27,7 +27,7 @@ class Inspected:
 def inspect_image(data: bytes, min_side_px: int, max_pixels: int) -> Inspected:
     """Decode an image (at reduced size where the format allows) and judge it.
 
-    Status: ok, not_an_image, decode_error, too_small or too_large. The pixel limit is checked
+    Status: ok, not_an_image, decode_error, too_small or too_many_pixels. The pixel limit is checked
     on the header, before anything is decoded.
     """
     try:
@@ -37,7 +37,7 @@ def inspect_image(data: bytes, min_side_px: int, max_pixels: int) -> Inspected:
             image = Image.open(io.BytesIO(data))
     except (UnidentifiedImageError, Image.DecompressionBombError) as err:
         if isinstance(err, Image.DecompressionBombError):
-            return Inspected(status="too_large", reason=f"more than {max_pixels} pixels")
+            return Inspected(status="too_many_pixels", reason=f"more than {max_pixels} pixels")
         return Inspected(status="not_an_image", reason=f"starts with {_beginning(data)}")
     except (OSError, SyntaxError, ValueError) as err:
         return Inspected(status="decode_error", reason=str(err))
@@ -48,7 +48,7 @@ def inspect_image(data: bytes, min_side_px: int, max_pixels: int) -> Inspected:
             return Inspected(status="too_small", reason=reason)
         if width * height > max_pixels:
             reason = f"{width} x {height} px, more than {max_pixels} pixels"
-            return Inspected(status="too_large", reason=reason)
+            return Inspected(status="too_many_pixels", reason=reason)
         return _decode(image, width, height)
 
 

@@ -19,7 +19,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,8 +27,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import storage
-from storage.errors import ConfigError, IntakeError, StorageFull
+from storage.errors import IntakeError, StorageFull
 from storage.intake import launch_img2dataset as launcher
+from storage.intake.download_config import DownloadConfig
 
 logger = logging.getLogger(__name__)
 
@@ -44,81 +45,16 @@ Progress = Callable[[int, int], None]
 """Called with rows done and rows in all."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DownloadConfig:
-    """What is fetched, what is kept of it, and how hard it is tried."""
-
-    image_size_px: int | None = None
-    """Shrink the shorter side of larger images to this, re-encoded as JPEG; None stores the bytes
-    as they were served. Some damage to an image is only seen in the bytes as served."""
-    min_image_side_px: int = 1
-    max_image_pixels: int = 100_000_000
-    max_image_bytes: int = 50_000_000
-    """Reading a response stops there."""
-    timeout_s: float = 10.0
-    """Silence of a server after which a request fails."""
-    request_deadline_s: float = 60.0
-    """Bound on reading a whole response, however steadily it drips."""
-    user_agent_token: str = "blip-bootstrap"
-    """What the fetcher calls itself; servers can opt it out by this name."""
-    disallowed_headers: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex")
-    """X-Robots-Tag directives that opt an image out."""
-    http_proxy: str | None = None
-    """Proxy for http addresses; None takes the environment's."""
-    processes: int = 1
-    threads: int = 16
-    """Requests at once in each process."""
-    shard_rows: int = 1000
-    """Rows of the list that one shard holds."""
-    slice_rows: int = 1_000_000
-    """Rows of the list that one run of img2dataset is given."""
-    stall_timeout_s: float = 120.0
-    """Time without any progress after which a run is ended and begun again."""
-    max_restarts: int = 3
-    """Restarts in a row that may fail to finish a single shard more."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        for name in (
-            "min_image_side_px",
-            "max_image_pixels",
-            "max_image_bytes",
-            "processes",
-            "threads",
-            "shard_rows",
-            "slice_rows",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("timeout_s", "request_deadline_s", "stall_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)}")
-        if self.image_size_px is not None and self.image_size_px < 1:
-            raise ConfigError(f"image_size_px must be 1 or more, got {self.image_size_px}")
-        if self.max_restarts < 0:
-            raise ConfigError(f"max_restarts must be 0 or more, got {self.max_restarts}")
-
-    def data_settings(self) -> dict[str, Any]:
-        """The fields that shape what is stored, as against how it is fetched."""
-        return {
-            "image_size_px": self.image_size_px,
-            "min_image_side_px": self.min_image_side_px,
-            "max_image_pixels": self.max_image_pixels,
-            "max_image_bytes": self.max_image_bytes,
-            "user_agent_token": self.user_agent_token,
-            "disallowed_headers": list(self.disallowed_headers),
-            "shard_rows": self.shard_rows,
-        }
-
-
 def download(
     slice_parquet: Path,
     folder: Path,
     config: DownloadConfig,
+    hosts: str | None = None,
     on_progress: Progress | None = None,
 ) -> None:
     """Fetch every row (columns row, url) of a Parquet file into img2dataset shards in `folder`.
 
+    `hosts` is the address of a HostServer that gives turns; without one nobody is asked, robots.txt included.
     What is finished there is not fetched again. Returns when all shards are whole. Raises
     IntakeError when restarts bring nothing more, StorageFull when the disk is full.
     """
@@ -129,7 +65,7 @@ def download(
     done = sweep_unfinished(folder, num_shards)
     restarts_left = config.max_restarts
     while done < num_shards:
-        why = _run(slice_parquet, folder, config, num_rows, num_shards, on_progress)
+        why = _run(slice_parquet, folder, config, hosts, num_rows, num_shards, on_progress)
         end_leftovers(folder)
         full = _disk_full(folder)
         if full:
@@ -226,6 +162,7 @@ def _run(
     slice_parquet: Path,
     folder: Path,
     config: DownloadConfig,
+    hosts: str | None,
     num_rows: int,
     num_shards: int,
     on_progress: Progress | None,
@@ -234,7 +171,7 @@ def _run(
     answered = folder / "requests"
     answered.write_bytes(b"")
     moved_at, last = time.monotonic(), (-1, -1, -1)
-    with _started(slice_parquet, folder, config, answered) as process:
+    with _started(slice_parquet, folder, config, hosts, answered) as process:
         while True:
             stats, tar_bytes = _finished(folder)
             seen = (answered.stat().st_size, stats, tar_bytes)
@@ -259,7 +196,7 @@ def _run(
 
 @contextmanager
 def _started(
-    slice_parquet: Path, folder: Path, config: DownloadConfig, answered: Path
+    slice_parquet: Path, folder: Path, config: DownloadConfig, hosts: str | None, answered: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A running img2dataset in a process group of its own; the group is gone afterwards."""
     log: BinaryIO
@@ -272,7 +209,7 @@ def _started(
                 f"from {launcher.__name__} import main; main()",
                 json.dumps(_arguments(slice_parquet, folder, config)),
             ],
-            env=_environment(folder, config, answered),
+            env=_environment(folder, config, hosts, answered),
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -309,7 +246,8 @@ def _arguments(slice_parquet: Path, folder: Path, config: DownloadConfig) -> dic
         "incremental_mode": "incremental",
         "max_shard_retry": 0,
         "user_agent_token": config.user_agent_token,
-        "disallowed_header_directives": list(config.disallowed_headers),
+        # Judged in the opener, with the header as evidence.
+        "disallowed_header_directives": [],
     }
     if config.image_size_px is None:
         return arguments | {"disable_all_reencoding": True}
@@ -323,13 +261,14 @@ def _arguments(slice_parquet: Path, folder: Path, config: DownloadConfig) -> dic
     }
 
 
-def _environment(folder: Path, config: DownloadConfig, answered: Path) -> dict[str, str]:
+def _environment(
+    folder: Path, config: DownloadConfig, hosts: str | None, answered: Path
+) -> dict[str, str]:
     env = os.environ | {
         "NO_ALBUMENTATIONS_UPDATE": "1",
         launcher.OWNER: str(folder.resolve()),
         launcher.PROGRESS_FILE: str(answered),
-        launcher.MAX_BYTES: str(config.max_image_bytes),
-        launcher.DEADLINE_S: str(config.request_deadline_s),
+        launcher.FETCHING: json.dumps(asdict(config.opener) | {"hosts": hosts}),
     }
     if config.http_proxy is not None:
         names = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY")

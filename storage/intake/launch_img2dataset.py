@@ -5,7 +5,7 @@ that img2dataset lacks, none of which changes what it does with an image:
 
 - every process of it dies with the one that started it, so nothing goes on writing unseen;
 - a worker that dies ends the run at once; left alone, it would wait for that worker for ever;
-- a response is bounded in bytes and in seconds, and only http and https addresses are opened;
+- requests go through an opener of ours (`fetching.opener`): checked addresses, bounded answers, turns at hosts;
 - the modules are loaded once, in a fork server, instead of once in each process, and without
   torch and wandb, which nothing here uses: 4 seconds to start rather than 17.
 
@@ -19,22 +19,21 @@ import multiprocessing.context
 import os
 import signal
 import sys
-import time
 import traceback
 import types
 import urllib.request
 from typing import Any
 
+from storage.intake.fetching.host_client import HostClient
+from storage.intake.fetching.opener import Opener, OpenerConfig
+
 WORKER_DIED = 70
 """Exit status when a worker process ended on its own."""
 
 PROGRESS_FILE = "BOOTSTRAP_PROGRESS_FILE"
-MAX_BYTES = "BOOTSTRAP_MAX_IMAGE_BYTES"
-DEADLINE_S = "BOOTSTRAP_REQUEST_DEADLINE_S"
+FETCHING = "BOOTSTRAP_FETCHING"
 OWNER = "BOOTSTRAP_DOWNLOAD_FOLDER"
 """Environment variables; the last one marks every process of a download with its folder."""
-
-_BLOCK = 1 << 16
 
 
 class _Worker(multiprocessing.context.ForkServerProcess):
@@ -51,48 +50,16 @@ class _Context(multiprocessing.context.ForkServerContext):
     Process = _Worker
 
 
-class _Opener(urllib.request.OpenerDirector):
-    """urllib's opener for http and https alone, with bounded responses and a count of requests."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        for handler in (
-            urllib.request.ProxyHandler,
-            urllib.request.UnknownHandler,
-            urllib.request.HTTPHandler,
-            urllib.request.HTTPSHandler,
-            urllib.request.HTTPDefaultErrorHandler,
-            urllib.request.HTTPRedirectHandler,
-            urllib.request.HTTPErrorProcessor,
-        ):
-            self.add_handler(handler())
-        self._max_bytes = int(os.environ[MAX_BYTES])
-        self._seconds = float(os.environ[DEADLINE_S])
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        self._progress = os.open(os.environ[PROGRESS_FILE], flags, 0o644)
-
-    def open(self, fullurl: Any, data: Any = None, timeout: Any = None) -> Any:
-        ends_at = time.monotonic() + self._seconds
-        try:
-            response: Any = super().open(fullurl, data, timeout)
-        finally:
-            # One byte for each answered request: the supervisor watches the file grow.
-            os.write(self._progress, b".")
-        read_some = response.read1
-
-        def read() -> bytes:
-            blocks, held = [], 0
-            while block := read_some(_BLOCK):
-                blocks.append(block)
-                held += len(block)
-                if held > self._max_bytes:
-                    raise OSError(f"response exceeds {self._max_bytes} bytes")
-                if time.monotonic() > ends_at:
-                    raise TimeoutError(f"timed out: not whole after {self._seconds:g} s")
-            return b"".join(blocks)
-
-        response.read = read
-        return response
+def _install_opener() -> None:
+    """Let urllib, which img2dataset fetches with, go by what the supervisor has put into the environment."""
+    given = json.loads(os.environ[FETCHING])
+    hosts = given.pop("hosts")
+    config = OpenerConfig(**given)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    progress = os.open(os.environ[PROGRESS_FILE], flags, 0o644)
+    # Who kept the book is who started this download, and is dead: no outcome of now is to be written.
+    client = HostClient(hosts, on_gone=lambda: os._exit(WORKER_DIED)) if hosts is not None else None
+    urllib.request.install_opener(Opener(config, client, progress))
 
 
 def _die_with_parent() -> None:
@@ -116,7 +83,7 @@ def _prepare() -> None:
     # img2dataset asks for "spawn" by name, for its pool and for its logger.
     multiprocessing.get_context = _get_context
     multiprocessing.context.SpawnProcess = _Worker  # type: ignore[misc, assignment]
-    urllib.request.install_opener(_Opener())
+    _install_opener()
 
 
 _real_get_context = multiprocessing.get_context

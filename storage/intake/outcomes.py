@@ -1,42 +1,35 @@
-"""What became of a URL, in a few words that SQL can group by, from what img2dataset says."""
+"""What became of a URL, in a few words that SQL can group by, from what the fetch left of it."""
 
-import re
-
+from storage.intake.fetching.errors import parsed
 from storage.schemas import OK
 
-_HTTP = re.compile(r"HTTP Error (\d)(\d\d)")
-
 _MARKS = (
-    ("opted_out", ("disallowed by X-Robots-Tag",)),
-    ("too_large", ("response exceeds", "image area too large")),
+    ("too_many_pixels", ("image area too large",)),
     ("too_small", ("image too small",)),
-    ("timeout", ("timed out", "Timeout")),
     ("not_an_image", ("Image decoding error",)),
-    (
-        "bad_url",
-        ("unknown url type", "can't contain", "no host given", "Invalid IPv6", "nonnumeric port"),
-    ),
-    (
-        "connect",
-        ("urlopen error", "Connection", "Remote end closed", "IncompleteRead", "BadStatusLine"),
-    ),
 )
-"""Statuses with the words that tell them, the first that fits counts."""
+"""Statuses with the words of img2dataset that tell them; all else comes from our own opener."""
 
 STATUSES = (
     OK,
     "http_4xx",
     "http_5xx",
     "http_other",
-    "timeout",
+    "dns",
     "connect",
+    "tls",
+    "timeout",
+    "too_slow",
+    "too_large",
     "opted_out",
+    "robots",
+    "blocked_address",
     "bad_url",
     "bad_text",
     "not_an_image",
     "decode_error",
     "too_small",
-    "too_large",
+    "too_many_pixels",
     "duplicate_url",
     "duplicate_image",
     "lost",
@@ -45,12 +38,12 @@ STATUSES = (
 """Every status of a web pair. `lost` means that the fetcher left no word of the row."""
 
 
-def status_of(error: str) -> str:
-    """The status for an error message of img2dataset."""
-    http = _HTTP.search(error)
-    if http is not None:
-        return {"4": "http_4xx", "5": "http_5xx"}.get(http.group(1), "http_other")
+def outcome_of(error: str) -> tuple[str, str]:
+    """Status and reason for an error message that img2dataset passed on."""
+    ours = parsed(error)
+    if ours is not None and ours[0] in STATUSES:
+        return ours
     for status, marks in _MARKS:
         if any(mark in error for mark in marks):
-            return status
-    return "other"
+            return status, error
+    return "other", error

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import duckdb
+import idna
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -61,13 +62,17 @@ class Plan:
             )
             return cast(list[dict[str, Any]], rows.to_arrow_table().to_pylist())
 
-    def write_fetch_list(self, path: Path, ranges: list[tuple[int, int]]) -> None:
-        """A Parquet file (row, url) of what is to be fetched in ranges of row numbers."""
+    def write_fetch_list(self, path: Path, ranges: list[tuple[int, int]], shard_rows: int) -> None:
+        """A Parquet file (row, url) of what is to be fetched in ranges of row numbers.
+
+        Rows of one shard stay together, and within a shard the hosts take turns: a host that has to be waited for
+        holds up its own rows, not a whole shard's.
+        """
         tmp = path.with_name(f"_tmp-{path.name}")
         with duckdb.connect() as con:
             con.execute(
-                f"COPY ({_to_fetch(ranges)} ORDER BY row) TO '{_escaped(tmp)}' (FORMAT parquet)",
-                {"source": str(self.path)},
+                f"COPY ({_by_turns(ranges)}) TO '{_escaped(tmp)}' (FORMAT parquet)",
+                {"source": str(self.path), "shard_rows": shard_rows},
             )
         tmp.replace(path)
 
@@ -105,6 +110,19 @@ def _to_fetch(ranges: list[tuple[int, int]]) -> str:
     )
 
 
+def _by_turns(ranges: list[tuple[int, int]]) -> str:
+    """The same in the order in which it is fetched, for shards of $shard_rows."""
+    return f"""
+        WITH numbered AS (
+            SELECT *, (row_number() OVER (ORDER BY row) - 1) // $shard_rows AS shard,
+                lower(regexp_extract(url, '^[^:]+://([^/?#]*)', 1)) AS host
+            FROM ({_to_fetch(ranges)})
+        )
+        SELECT row, url FROM numbered
+        ORDER BY shard, row_number() OVER (PARTITION BY shard, host ORDER BY row), row
+    """
+
+
 def _write_listed(config: UrlListConfig, path: Path) -> int:
     num_rows = 0
     with pq.ParquetWriter(path, LISTED, compression="zstd") as writer:
@@ -137,17 +155,24 @@ def _listed(config: UrlListConfig, batch: list[ListRow]) -> Iterator[dict[str, A
 
 
 def _fit_for_http(url: str | None) -> tuple[str | None, str | None]:
-    """The address with spaces and other scripts percent-encoded, or what is wrong with it."""
+    """The address with its host in ASCII and the rest percent-encoded, or what is wrong with it."""
     if not url or not url.strip():
         return None, "no address"
-    fit = urllib.parse.quote(url.strip(), safe=_SAFE)
     try:
-        parts = urllib.parse.urlsplit(fit)
+        parts = urllib.parse.urlsplit(url.strip())
+        host, port = parts.hostname or "", parts.port
     except ValueError as err:
         return None, str(err)
-    if parts.scheme.lower() not in ("http", "https") or not parts.netloc:
+    if parts.scheme.lower() not in ("http", "https") or not host:
         return None, "not an http or https address"
-    return fit, None
+    if not host.isascii():
+        try:
+            ascii_host = idna.encode(host, uts46=True).decode("ascii")
+        except idna.IDNAError as err:
+            return None, f"{host[:80]!r} is no host name: {err}"
+        user, at, _ = parts.netloc.rpartition("@")
+        parts = parts._replace(netloc=f"{user}{at}{ascii_host}{f':{port}' if port else ''}")
+    return urllib.parse.quote(parts.geturl(), safe=_SAFE), None
 
 
 def _escaped(path: Path) -> str:

@@ -21,9 +21,10 @@ from storage import ids, layout
 from storage.catalog import disk_watched
 from storage.errors import ConfigError, EmptyInput
 from storage.fingerprint import Basis, basis_of, explain, fingerprint_of
-from storage.intake.fetched import Download, Results
+from storage.intake.download_config import DownloadConfig
+from storage.intake.fetching.host_server import HostServer
 from storage.intake.images import inspect_image
-from storage.intake.img2dataset import DownloadConfig, download
+from storage.intake.passes import Passes, PassResults, fetch_slice
 from storage.intake.plan import Plan, make_plan
 from storage.intake.records import IntakeRecord, finished_intake, remember_intake
 from storage.intake.seen import SeenImages
@@ -47,7 +48,8 @@ from storage.tables import (
 
 logger = logging.getLogger(__name__)
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
+"""2: robots.txt, checked addresses, further passes; dns, tls, too_slow, too_many_pixels, robots, blocked_address."""
 
 Progress = Callable[[int, int], None]
 """Called with rows done and rows in all."""
@@ -134,7 +136,12 @@ class _Intake:
         per_slice = max(self.config.slice_rows // size, 1)
         pairs: list[PartRef] = []
         captions: list[PartRef] = []
-        with SeenImages(folder) as seen:
+        with (
+            SeenImages(folder) as seen,
+            HostServer(
+                self.config.host_rules, patience_s=self.config.turn_patience_s
+            ) as self._hosts,
+        ):
             for ref in self.earlier:
                 _remember(self.lake, ref, seen)
             for first in range(0, num_parts, per_slice):
@@ -149,7 +156,7 @@ class _Intake:
 
     def _fetch(
         self, plan: Plan, indices: range, folder: Path, on_progress: Progress | None
-    ) -> Download | None:
+    ) -> Passes | None:
         """Fetch a slice, or go on fetching it; None when all its parts are committed."""
         missing = [i for i in indices if self._committed(i) is None]
         if not missing:
@@ -162,7 +169,7 @@ class _Intake:
             # Also when a part was dropped since the list was written, as a repair does.
             shutil.rmtree(slice_folder, ignore_errors=True)
             slice_folder.mkdir(parents=True, exist_ok=True)
-            plan.write_fetch_list(fetch_list, ranges)
+            plan.write_fetch_list(fetch_list, ranges, size)
         before = indices.start * size
 
         def report(done: int, num: int) -> None:
@@ -171,8 +178,7 @@ class _Intake:
                 rows = min(len(indices) * size, plan.num_rows - before)
                 on_progress(before + int(share * rows), plan.num_rows)
 
-        download(fetch_list, slice_folder / "img2dataset", self.config, report)
-        return Download(fetch_list, slice_folder / "img2dataset", size)
+        return fetch_slice(fetch_list, slice_folder, self.config, self._hosts.address, report)
 
     def _committed(self, index: int) -> tuple[PartRef, PartRef] | None:
         """Both parts of a shard when they are committed, StaleOutput when from something else."""
@@ -186,7 +192,7 @@ class _Intake:
         return self.basis | {"intake": self.basis, "part": index}
 
     def _part(
-        self, plan: Plan, index: int, fetched: Download | None, seen: SeenImages
+        self, plan: Plan, index: int, fetched: Passes | None, seen: SeenImages
     ) -> tuple[PartRef, PartRef]:
         """One shard with its pairs and captions, unless it is committed."""
         made = self._committed(index)
@@ -210,7 +216,7 @@ class _Intake:
     def _samples(
         self,
         planned: list[dict[str, Any]],
-        results: Results,
+        results: PassResults,
         seen: SeenImages,
         pairs: list[dict[str, Any]],
     ) -> Iterator[Sample]:
@@ -223,7 +229,7 @@ class _Intake:
                 yield Sample(key=pair["key"], image=image, ext=ext, meta=meta)
 
     def _outcome(
-        self, plan_row: dict[str, Any], results: Results, seen: SeenImages
+        self, plan_row: dict[str, Any], results: PassResults, seen: SeenImages
     ) -> tuple[dict[str, Any], bytes | None, str]:
         """The pairs row of a planned row, with its image and extension when it has one."""
         own = ("row", "key", "source_name", "url", "alt_text", "licence", "extra")
@@ -233,7 +239,7 @@ class _Intake:
         if pair["status"] is not None:
             return pair, None, ""
         result = results.get(plan_row["n"])
-        pair["attempts"] = 1
+        pair["attempts"] = results.attempts(plan_row["n"])
         if result is None:
             pair |= {"status": "lost", "reason": "img2dataset left no record of this row"}
             return pair, None, ""

@@ -9,7 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cycle import FinishedCycle, bootstrap, command_environment, tiny_settings, write_settings
+from cycle import (
+    COMMITTED,
+    FinishedCycle,
+    bootstrap,
+    command_environment,
+    stamps,
+    tiny_settings,
+    write_settings,
+)
 
 
 @pytest.fixture(scope="session")
@@ -59,14 +67,21 @@ def world_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, world_folder: Path) -> FinishedCycle:
-    """The cycle as a user without a server runs it: URL list to report, undisturbed."""
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, world_folder: Path
+) -> Iterator[FinishedCycle]:
+    """The cycle as a user without a server runs it: URL list to report, undisturbed.
+
+    Tests come in any order and in several processes: who changes the lake takes a copy.
+    """
     folder = tmp_path_factory.mktemp("finished")
     lake = folder / "lake"
     settings = tiny_settings(lake, world_folder)
     config = write_settings(folder / "tiny.yaml", settings)
     done = bootstrap("run", "--config", str(config), cwd=folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return FinishedCycle(
+    before = stamps(lake, *COMMITTED)
+    yield FinishedCycle(
         folder=folder, lake=lake, config=config, settings=settings, output=done.stdout
     )
+    assert stamps(lake, *COMMITTED) == before, "a test has changed the lake that all share"

@@ -21,6 +21,8 @@ VARYING = {
     "rounds": ["started_at", "finished_at", "seconds", "device_seconds", "speed"],
 }
 """Columns that hold times: the only ones that may differ between two runs."""
+COMMITTED = ("tables", "shards", "models", "trainsets", "rounds", "champion.json")
+"""What a finished cycle leaves for good."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,13 @@ def tiny_settings(lake: Path, world: Path, **changes: Any) -> dict[str, Any]:
             "image_size_px": 32,
             "slow_seconds": 2.0,
         },
-        "ingest": {"image_size_px": None, "shard_rows": 25, "timeout_s": 1.0, "threads": 8},
+        "ingest": {
+            "image_size_px": None,
+            "shard_rows": 25,
+            "timeout_s": 1.0,
+            "threads": 8,
+            "retry_passes": 0,
+        },
         "model": {"preset": "tiny", "tokenizer": "train", "vocab_size": 200},
         "pretrain": train,
         "captioner": train | {"dev_share": 0.25, "evaluate_every_steps": 4, "patience": 2},

@@ -10,7 +10,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from cycle import FinishedCycle, bootstrap, command_environment, stamps, write_settings
+from cycle import (
+    FinishedCycle,
+    bootstrap,
+    command_environment,
+    copied,
+    stamps,
+    write_settings,
+)
 
 from storage import Lake
 
@@ -150,15 +157,16 @@ def test_nothing_to_take_in_is_an_error(refusal: Refusal, tmp_path: Path) -> Non
 def test_damaged_part_is_named_then_repaired_then_made_again(
     refusal: Refusal, finished: FinishedCycle, tmp_path: Path, api_url: str
 ) -> None:
-    part = next(finished.lake.glob("tables/captions/round=0001/*.parquet"))
+    cycle = copied(finished, tmp_path)
+    part = next(cycle.lake.glob("tables/captions/round=0001/*.parquet"))
     whole = part.read_bytes()
     part.write_bytes(whole[: len(whole) // 2])
-    said = refusal(tmp_path, "decide", "--config", str(finished.config), "--on-stale", "rebuild")
+    said = refusal(tmp_path, "decide", "--config", str(cycle.config), "--on-stale", "rebuild")
     assert part.name in said
     assert "bootstrap repair" in said
-    repaired = bootstrap("repair", "--lake", str(finished.lake), cwd=tmp_path)
+    repaired = bootstrap("repair", "--lake", str(cycle.lake), cwd=tmp_path)
     assert part.name in repaired.stdout
-    again = bootstrap("run", "--config", str(finished.config), cwd=tmp_path, api_url=api_url)
+    again = bootstrap("run", "--config", str(cycle.config), cwd=tmp_path, api_url=api_url)
     assert again.returncode == 0, again.stdout[-1500:] + again.stderr[-1500:]
     assert part.read_bytes() == whole
 

@@ -5,12 +5,10 @@ import json
 import shutil
 from pathlib import Path
 
-from cycle import FinishedCycle, bootstrap, stamps, write_settings
+from cycle import COMMITTED, FinishedCycle, bootstrap, copied, stamps, write_settings
 
 from flows.settings import parse_settings
 from storage import Lake, layout, query, registry, rounds
-
-COMMITTED = ("tables", "shards", "models", "trainsets", "rounds", "champion.json")
 
 
 def _rows(lake: Lake, sql: str) -> list[dict]:
@@ -97,27 +95,28 @@ def test_cycle_writes_a_report_and_a_catalog(finished: FinishedCycle) -> None:
 
 
 def test_same_command_again_rewrites_nothing_then_a_second_round_follows(
-    finished: FinishedCycle, api_url: str
+    finished: FinishedCycle, api_url: str, tmp_path: Path
 ) -> None:
-    before = stamps(finished.lake, *COMMITTED)
-    again = bootstrap("run", "--config", str(finished.config), cwd=finished.folder, api_url=api_url)
+    cycle = copied(finished, tmp_path)
+    before = stamps(cycle.lake, *COMMITTED)
+    again = bootstrap("run", "--config", str(cycle.config), cwd=cycle.folder, api_url=api_url)
     assert again.returncode == 0, again.stderr[-2000:]
-    assert stamps(finished.lake, *COMMITTED) == before
+    assert stamps(cycle.lake, *COMMITTED) == before
 
     answer = bootstrap(
-        "sql", "SELECT count(*) AS n FROM decisions", "--format", "csv", cwd=finished.folder
+        "sql", "SELECT count(*) AS n FROM decisions", "--format", "csv", cwd=cycle.folder
     )
-    assert answer.stdout.split() == ["n", str(_decisions(finished))]
+    assert answer.stdout.split() == ["n", str(_decisions(cycle))]
 
     second = bootstrap(
-        "next-round", "--config", str(finished.config), cwd=finished.folder, api_url=api_url
+        "next-round", "--config", str(cycle.config), cwd=cycle.folder, api_url=api_url
     )
     assert second.returncode == 0, second.stdout[-2000:] + second.stderr[-2000:]
-    after = stamps(finished.lake, *COMMITTED)
+    after = stamps(cycle.lake, *COMMITTED)
     assert {path: after[path] for path in before if "champion" not in path} == {
         path: stamp for path, stamp in before.items() if "champion" not in path
     }
-    lake = Lake.open(str(finished.lake), read_only=True)
+    lake = Lake.open(str(cycle.lake), read_only=True)
     rounds = _rows(lake, "SELECT round, status, champion_before FROM rounds ORDER BY round")
     assert [row["round"] for row in rounds] == [1, 2]
     assert (

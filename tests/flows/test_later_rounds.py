@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from cycle import (
+    COMMITTED,
     FinishedCycle,
     bootstrap,
     copied,
@@ -34,7 +35,6 @@ from storage.fingerprint import basis_of
 from storage.rounds import RoundStatus
 from storage.tables import rows_table
 
-COMMITTED = ("tables", "shards", "models", "trainsets", "rounds", "champion.json")
 NOTHING = basis_of("test", 2, {}, [])
 
 

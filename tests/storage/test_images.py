@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 from web_world import jpeg
 
+from storage.intake.fetching.errors import NO_ANSWER, is_transient
 from storage.intake.images import difference_hash, inspect_image
-from storage.intake.outcomes import STATUSES, status_of
+from storage.intake.outcomes import STATUSES, outcome_of
 from storage.intake.seen import SeenImages
 
 
@@ -24,7 +25,7 @@ def test_inspect_image_measures_a_good_one() -> None:
         (b"<html>", "not_an_image"),
         (jpeg(1)[:900], "decode_error"),
         (jpeg(1, side_px=7), "too_small"),
-        (jpeg(1, side_px=101), "too_large"),
+        (jpeg(1, side_px=101), "too_many_pixels"),
     ],
     ids=["empty", "html", "truncated", "small", "large"],
 )
@@ -51,21 +52,40 @@ def test_difference_hash_of_16_bits_is_that_of_8() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "status"),
+    ("error", "outcome"),
     [
-        ("HTTP Error 404: Not Found", "http_4xx"),
-        ("HTTP Error 503: Service Unavailable", "http_5xx"),
-        ("HTTP Error 304: Not Modified", "http_other"),
-        ("<urlopen error timed out>", "timeout"),
-        ("<urlopen error [Errno -2] Name or service not known>", "connect"),
-        ("Use of image disallowed by X-Robots-Tag directive", "opted_out"),
-        ("image too small", "too_small"),
-        ("something new", "other"),
+        ("http_4xx: 404 Not Found", ("http_4xx", "404 Not Found")),
+        ("opted_out: X-Robots-Tag: noai", ("opted_out", "X-Robots-Tag: noai")),
+        ("bad_url: a\nb", ("bad_url", "a\nb")),
+        ("image too small", ("too_small", "image too small")),
+        ("Image decoding error", ("not_an_image", "Image decoding error")),
+        ("something: new", ("other", "something: new")),
     ],
 )
-def test_status_of_knows_the_fetchers_words(error: str, status: str) -> None:
-    assert status_of(error) == status
-    assert status in STATUSES
+def test_outcome_of_knows_the_fetchers_words(error: str, outcome: tuple[str, str]) -> None:
+    assert outcome_of(error) == outcome
+    assert outcome[0] in STATUSES
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "may"),
+    [
+        ("http_4xx", "404 Not Found", False),
+        ("http_4xx", "429 Too Many Requests, retry after 3 s", True),
+        ("http_5xx", "503 Service Unavailable", True),
+        ("dns", "a.test: Name or service not known", False),
+        ("dns", f"a.test: {NO_ANSWER}", True),
+        ("timeout", "", True),
+        ("connect", "", True),
+        ("lost", "", True),
+        ("opted_out", "X-Robots-Tag: noai", False),
+        ("robots", "robots.txt answers 503, which is taken as a no", False),
+        ("blocked_address", "", False),
+        ("ok", "", False),
+    ],
+)
+def test_only_what_may_pass_is_asked_for_again(status: str, reason: str, may: bool) -> None:
+    assert is_transient(status, reason) == may
 
 
 def test_seen_images_tells_the_first_place(tmp_path) -> None:  # type: ignore[no-untyped-def]

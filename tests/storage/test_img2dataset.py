@@ -14,7 +14,8 @@ from web_world import PictureServer, download_config
 
 from storage.errors import ConfigError, IntakeError, StorageFull
 from storage.intake import launch_img2dataset as launcher
-from storage.intake.img2dataset import DownloadConfig, download, is_whole, sweep_unfinished
+from storage.intake.download_config import DownloadConfig
+from storage.intake.img2dataset import download, is_whole, sweep_unfinished
 
 
 def fetch_list(path: Path, num_rows: int, host: str) -> Path:

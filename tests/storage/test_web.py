@@ -15,7 +15,7 @@ from storage import layout, repair
 from storage.catalog import query
 from storage.errors import EmptyInput, MissingColumn, StaleOutput
 from storage.intake import launch_img2dataset as launcher
-from storage.intake.img2dataset import DownloadConfig
+from storage.intake.download_config import DownloadConfig
 from storage.intake.url_list import UrlListConfig
 from storage.intake.web import ingest_urls
 from storage.lake import Lake
@@ -24,13 +24,19 @@ from storage.tables import part_manifest
 
 SCRIPT = """
 import sys
-from storage.intake.img2dataset import DownloadConfig
+from storage.intake.download_config import DownloadConfig
 from storage.intake.url_list import UrlListConfig
 from storage.intake.web import ingest_urls
 from storage.lake import Lake
 lake, urls, proxy = sys.argv[1:]
 config = DownloadConfig(
-    http_proxy=proxy, shard_rows=10, threads=2, min_image_side_px=8, max_image_bytes=200_000
+    http_proxy=proxy,
+    shard_rows=10,
+    threads=2,
+    min_image_side_px=8,
+    max_image_bytes=200_000,
+    robots="ignore",
+    retry_passes=0,
 )
 ingest_urls(Lake.open(lake, create=True), UrlListConfig(path=urls), config, round=1)
 """

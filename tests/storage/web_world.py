@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from storage.intake.img2dataset import DownloadConfig
+from storage.intake.download_config import DownloadConfig
 from storage.intake.url_list import UrlListConfig
 from storage.lake import Lake
 from storage.tables import PartRef
@@ -47,6 +47,7 @@ def answer(name: str) -> tuple[int, bytes, dict[str, str]]:
         return 200, jpeg(int(name[2:].split(".")[0])), plain
     answers = {
         "gone": (404, b"", plain),
+        "robots": (404, b"", plain),
         "broken": (500, b"", plain),
         "page": (200, b"<html>not a picture</html>", plain),
         "truncated": (200, jpeg(1001)[:1200], plain),
@@ -93,6 +94,8 @@ def download_config(server: PictureServer, **changes: object) -> DownloadConfig:
         "min_image_side_px": 8,
         "shard_rows": 10,
         "threads": 8,
+        "robots": "ignore",
+        "retry_passes": 0,
     }
     return DownloadConfig(**given | changes)  # type: ignore[arg-type]
 

@@ -1,0 +1,160 @@
+"""What is fetched, what is kept of it, how hard it is tried, and what is honoured on the way."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from storage.errors import ConfigError
+from storage.intake.fetching.addresses import address_rules
+from storage.intake.fetching.hosts import HostRules
+from storage.intake.fetching.opener import OpenerConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DownloadConfig:
+    """What is fetched, what is kept of it, and how hard it is tried."""
+
+    image_size_px: int | None = None
+    """Shrink the shorter side of larger images to this, re-encoded as JPEG; None stores the bytes
+    as they were served. Some damage to an image is only seen in the bytes as served."""
+    min_image_side_px: int = 1
+    max_image_pixels: int = 100_000_000
+    max_image_bytes: int = 50_000_000
+    """Reading a response stops there."""
+    timeout_s: float = 10.0
+    """Silence of a server after which a request fails."""
+    request_deadline_s: float = 60.0
+    """Bound on a whole response, from the connection on, however steadily it drips."""
+    min_bytes_per_s: int = 1000
+    """A response that is slower is given up, once it has had 5 seconds."""
+    max_redirects: int = 5
+    user_agent_token: str = "blip-bootstrap"
+    """What the fetcher calls itself; servers can opt it out by this name."""
+    disallowed_headers: tuple[str, ...] = (
+        "noai",
+        "noimageai",
+        "noindex",
+        "noimageindex",
+        "noml",
+    )
+    """X-Robots-Tag directives that opt an image out."""
+    contact_url: str | None = None
+    """Where whoever runs a site finds out who asks, as part of the user agent."""
+    robots: Literal["honour", "ignore"] = "honour"
+    """Whether robots.txt is asked for and kept to (RFC 9309)."""
+    honour_tdm: bool = True
+    """Whether `tdm-reservation: 1` opts an image out."""
+    allow_addresses: tuple[str, ...] = ()
+    """Networks that may be reached although they are not public, as 10.0.0.0/8."""
+    per_host: int = 8
+    """Requests at once to one host."""
+    host_delay_s: float = 0.0
+    """Pause between the starts of two requests to one host; robots.txt may ask for a longer one."""
+    max_crawl_delay_s: float = 10.0
+    """Longest pause of a robots.txt that is kept to; a host that asks for a longer one is not fetched from."""
+    host_failures: int = 20
+    """Failures in a row after which a host is left alone for a while; what is asked of it meanwhile fails alike."""
+    host_cool_down_s: float = 60.0
+    turn_patience_s: float = 30.0
+    """Longest wait for a turn at a host."""
+    retry_passes: int = 2
+    """How often rows are asked for again whose failure may pass: timeouts, 5xx, 429, connections, lost rows."""
+    retry_wait_s: float = 10.0
+    """Wait before the first of these passes, doubled before each further one."""
+    http_proxy: str | None = None
+    """Proxy for http addresses; None takes the environment's."""
+    processes: int = 1
+    threads: int = 16
+    """Requests at once in each process."""
+    shard_rows: int = 1000
+    """Rows of the list that one shard holds."""
+    slice_rows: int = 1_000_000
+    """Rows of the list that one run of img2dataset is given."""
+    stall_timeout_s: float = 120.0
+    """Time without any progress after which a run is ended and begun again."""
+    max_restarts: int = 3
+    """Restarts in a row that may fail to finish a single shard more."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in (
+            "min_image_side_px",
+            "max_image_pixels",
+            "max_image_bytes",
+            "processes",
+            "threads",
+            "shard_rows",
+            "slice_rows",
+            "per_host",
+            "host_failures",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("timeout_s", "request_deadline_s", "stall_timeout_s", "turn_patience_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be more than 0, got {getattr(self, name)}")
+        if self.image_size_px is not None and self.image_size_px < 1:
+            raise ConfigError(f"image_size_px must be 1 or more, got {self.image_size_px}")
+        for name in (
+            "max_restarts",
+            "min_bytes_per_s",
+            "max_redirects",
+            "host_delay_s",
+            "max_crawl_delay_s",
+            "host_cool_down_s",
+            "retry_passes",
+            "retry_wait_s",
+        ):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        try:
+            address_rules(self.allow_addresses)
+        except ValueError as err:
+            raise ConfigError(
+                f"allow_addresses: {err}; write networks as 10.0.0.0/8 or single addresses"
+            ) from err
+
+    def data_settings(self) -> dict[str, Any]:
+        """The fields that shape what is stored, as against how it is fetched."""
+        return {
+            "image_size_px": self.image_size_px,
+            "min_image_side_px": self.min_image_side_px,
+            "max_image_pixels": self.max_image_pixels,
+            "max_image_bytes": self.max_image_bytes,
+            "user_agent_token": self.user_agent_token,
+            "disallowed_headers": list(self.disallowed_headers),
+            "robots": self.robots,
+            "honour_tdm": self.honour_tdm,
+            "max_redirects": self.max_redirects,
+            "shard_rows": self.shard_rows,
+        }
+
+    @property
+    def opener(self) -> OpenerConfig:
+        """Bounds on each request."""
+        return OpenerConfig(
+            agent=self.user_agent_token,
+            contact_url=self.contact_url,
+            addresses=self.allow_addresses,
+            max_bytes=self.max_image_bytes,
+            max_pixels=self.max_image_pixels,
+            # Without resizing nobody decodes the image before it is inspected.
+            check_pixels=self.image_size_px is not None,
+            deadline_s=self.request_deadline_s,
+            min_bytes_per_s=self.min_bytes_per_s,
+            max_redirects=self.max_redirects,
+            opt_out_directives=self.disallowed_headers,
+            honour_tdm=self.honour_tdm,
+        )
+
+    @property
+    def host_rules(self) -> HostRules:
+        """How hosts are treated."""
+        return HostRules(
+            agent=self.user_agent_token,
+            honour_robots=self.robots == "honour",
+            per_host=self.per_host,
+            delay_s=self.host_delay_s,
+            max_crawl_delay_s=self.max_crawl_delay_s,
+            failures=self.host_failures,
+            cool_down_s=self.host_cool_down_s,
+        )

@@ -1,0 +1,1 @@
+"""Asking strangers' servers for images: to which addresses, how often, how much of the answer, and whether they mind."""

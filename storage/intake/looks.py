@@ -1,0 +1,135 @@
+"""What a picture looks like, in some 140 bytes: two copies of it agree, also resized, recompressed, cropped or framed.
+
+Five views of a picture (whole, without a plain frame, without its outer twentieth, without a bar at its foot or its head)
+each give a difference hash and a DCT hash of their brightness, and mean colours of a 2 x 2 grid. A copy has some view in
+common with its original. The first hash is what is searched by; the second and the colours tell apart what only
+happens to have like edges.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+VIEWS = 5
+SIDE = 64
+"""Of the thumbnail that everything is computed from, in px."""
+_CROP = 0.05
+_PLAIN = 6.0
+"""Largest standard deviation, of 255, of a line that is part of a frame."""
+_MOST_FRAME = 16
+"""Lines of a frame, of SIDE, at each edge."""
+_BAR = (44, 62)
+"""Where a bar at the foot may begin, in lines."""
+_DCT_SIDE, _DCT_KEPT = 32, 9
+
+EDGE_BITS = 8
+FORM_BITS = 16
+COLOUR_STEPS = 40
+"""The most that two views of the same picture differ: bits of either hash, and mean steps of 255 of a colour."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Looks:
+    """The views of one picture."""
+
+    edges: np.ndarray
+    """(VIEWS,) uint64: is each of 8 x 8 fields brighter than its left neighbour?"""
+    forms: np.ndarray
+    """(VIEWS,) uint64: is each of 64 low frequencies above their median?"""
+    colours: np.ndarray
+    """(VIEWS, 12) uint8: red, green and blue of four fields."""
+
+    def to_bytes(self) -> bytes:
+        """As a column holds them."""
+        edges, forms = self.edges.astype("<u8"), self.forms.astype("<u8")
+        return edges.tobytes() + forms.tobytes() + self.colours.tobytes()
+
+
+NUM_BYTES = VIEWS * (8 + 8 + 12)
+
+
+def looks_of_bytes(data: bytes) -> Looks:
+    """The inverse of `Looks.to_bytes`."""
+    middle = 8 * VIEWS
+    return Looks(
+        np.frombuffer(data[:middle], "<u8"),
+        np.frombuffer(data[middle : 2 * middle], "<u8"),
+        np.frombuffer(data[2 * middle :], np.uint8).reshape(VIEWS, 12),
+    )
+
+
+def looks_of(image: Image.Image) -> Looks:
+    """The looks of a decoded picture of any mode."""
+    small = _rgb(image).resize((SIDE, SIDE), Image.Resampling.BOX)
+    grey = small.convert("L")
+    boxes = _boxes(np.asarray(grey, np.float32))
+    edges, forms, colours = [], [], []
+    for box in boxes:
+        fields = np.asarray(grey.resize((9, 8), Image.Resampling.BOX, box=box), np.int16)
+        edges.append(_packed(fields[:, 1:] > fields[:, :-1]))
+        form = np.asarray(
+            grey.resize((_DCT_SIDE, _DCT_SIDE), Image.Resampling.BOX, box=box), np.float32
+        )
+        basis = _dct_basis()
+        # The lowest frequency is the mean brightness.
+        low = (basis @ form @ basis.T).ravel()[1:65]
+        forms.append(_packed(low > np.median(low)))
+        colours.append(np.asarray(small.resize((2, 2), Image.Resampling.BOX, box=box)).ravel())
+    return Looks(np.array(edges, np.uint64), np.array(forms, np.uint64), np.array(colours))
+
+
+def are_alike(a: Looks, view_of_a: int, b: Looks, view_of_b: int) -> bool:
+    """Whether two views, whose edges agree, show the same picture."""
+    form_bits = int(np.bitwise_count(a.forms[view_of_a] ^ b.forms[view_of_b]))
+    steps = np.abs(a.colours[view_of_a].astype(int) - b.colours[view_of_b].astype(int)).mean()
+    return form_bits <= FORM_BITS and float(steps) <= COLOUR_STEPS
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # Pillow cuts 16 bits at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _boxes(grey: np.ndarray) -> list[tuple[float, float, float, float]]:
+    """Left, top, right and bottom of each view, in px of the thumbnail."""
+    cut = _CROP * SIDE
+    steps = np.median(np.abs(np.diff(grey, axis=0)), axis=1)
+    first, last = _BAR
+    foot = first + int(np.argmax(steps[first - 1 : last - 1]))
+    head = SIDE - last + 1 + int(np.argmax(steps[SIDE - last : SIDE - first]))
+    return [
+        (0, 0, SIDE, SIDE),
+        _without_frame(grey, 0, SIDE),
+        (cut, cut, SIDE - cut, SIDE - cut),
+        _without_frame(grey, 0, foot),
+        _without_frame(grey, head, SIDE),
+    ]
+
+
+def _without_frame(grey: np.ndarray, top: int, bottom: int) -> tuple[int, int, int, int]:
+    inner = grey[top:bottom]
+    above, below = _frame(inner), _frame(inner[::-1])
+    left, right = _frame(inner.T), _frame(inner.T[::-1])
+    return left, top + above, SIDE - right, bottom - below
+
+
+def _frame(lines: np.ndarray) -> int:
+    """How many of the first lines are plain; 0 when so many are that there is no saying where a frame ends."""
+    plain = lines[: _MOST_FRAME + 1].std(axis=1) < _PLAIN
+    return 0 if plain.all() else int(np.argmin(plain))
+
+
+@functools.cache
+def _dct_basis() -> np.ndarray:
+    """(9, 32): the lowest frequencies of the orthonormal DCT-II."""
+    k, n = np.arange(_DCT_KEPT)[:, None], np.arange(_DCT_SIDE)[None]
+    basis = np.cos(np.pi * (2 * n + 1) * k / (2 * _DCT_SIDE)) * np.sqrt(2 / _DCT_SIDE)
+    basis[0] /= np.sqrt(2)
+    return basis.astype(np.float32)
+
+
+def _packed(bits: np.ndarray) -> int:
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
