@@ -150,6 +150,10 @@ class IngestSettings(Section):
     """Shorter side that larger images are reduced to; stored as downloaded when null."""
     min_image_side_px: int = Field(default=1, ge=1)
     """Images with a shorter side below this are refused (the paper used 256 for LAION)."""
+    eval_overlap: Literal["drop", "keep"] = "drop"
+    """What becomes of a web image that shows what a held-out one or a canary shows, also resized, cropped or framed."""
+    near_duplicates: Literal["drop", "keep"] = "keep"
+    """What becomes of a web image that shows what an earlier one shows."""
     shard_rows: int = Field(default=1000, ge=1)
     """Rows of a list that make one shard."""
     slice_rows: int = Field(default=100_000, ge=1)

@@ -50,6 +50,7 @@ PAIRS = pa.schema(
         _column("height", pa.int32(), "stored height in px"),
         _column("image_id", _TEXT, "sha256 of the stored bytes, 32 hex digits"),
         _column("phash", _TEXT, "64-bit difference hash of the picture, 16 hex digits"),
+        _column("looks", pa.binary(), "hashes and colours of five views, to know copies again by"),
         _column("fetched_at", _TIME, "when it was fetched; the only column that varies by run"),
         _column("licence", _TEXT, "licence as the list states it"),
         _column("extra", _TEXT, "the list's other columns, as a JSON object"),
@@ -286,6 +287,7 @@ TABLES: dict[str, pa.Schema] = {
 ADDED_LATER = {
     "decisions": ("generation",),
     "metrics": ("protocol",),
+    "pairs": ("looks",),
     "rounds": ("speed", "decided_by", "origin"),
 }
 """Columns that parts of older lakes do not have; nullable."""

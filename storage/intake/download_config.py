@@ -65,6 +65,10 @@ class DownloadConfig:
     processes: int = 1
     threads: int = 16
     """Requests at once in each process."""
+    eval_overlap: Literal["drop", "keep"] = "drop"
+    """What becomes of an image that shows what a held-out one or a canary shows."""
+    near_duplicates: Literal["drop", "keep"] = "keep"
+    """What becomes of an image that shows what another web image shows."""
     shard_rows: int = 1000
     """Rows of the list that one shard holds."""
     slice_rows: int = 1_000_000
@@ -125,6 +129,8 @@ class DownloadConfig:
             "robots": self.robots,
             "honour_tdm": self.honour_tdm,
             "max_redirects": self.max_redirects,
+            "eval_overlap": self.eval_overlap,
+            "near_duplicates": self.near_duplicates,
             "shard_rows": self.shard_rows,
         }
 

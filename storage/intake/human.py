@@ -196,7 +196,8 @@ def _add_file(
         return
     image_id = ids.image_id(data)
     pair |= {"image_id": image_id, "width": found.width, "height": found.height}
-    pair |= {"phash": found.phash, "size": len(data)}
+    assert found.looks is not None
+    pair |= {"phash": found.looks.phash, "looks": found.looks.to_bytes(), "size": len(data)}
     first = seen.add(image_id, file.image)
     if first is not None:
         pair |= {"status": "duplicate_image", "reason": f"same picture as {first}", "size": None}

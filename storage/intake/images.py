@@ -1,12 +1,12 @@
-"""Is this an image, a whole one, and of a size that we want? Also its difference hash."""
+"""Is this an image, a whole one, and of a size that we want? Also what it looks like."""
 
 import io
 import warnings
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from storage.intake.looks import SIDE, Looks, looks_of
 from storage.schemas import OK
 
 EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
@@ -20,7 +20,7 @@ class Inspected:
     reason: str | None = None
     width: int | None = None
     height: int | None = None
-    phash: str | None = None
+    looks: Looks | None = None
     ext: str = "jpg"
 
 
@@ -52,24 +52,16 @@ def inspect_image(data: bytes, min_side_px: int, max_pixels: int) -> Inspected:
         return _decode(image, width, height)
 
 
-def difference_hash(image: Image.Image) -> str:
-    """64 bits: is each pixel of an 8 x 9 thumbnail brighter than its left neighbour? 16 hex."""
-    if image.mode.startswith("I;16"):  # Pillow cuts 16 bits at 255: all but black would be white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    pixels = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BILINEAR), np.int16)
-    bits = np.packbits(pixels[:, 1:] > pixels[:, :-1])
-    return bits.tobytes().hex()
-
-
 def _decode(image: Image.Image, width: int, height: int) -> Inspected:
     try:
-        image.draft("L", (max(width // 8, 1), max(height // 8, 1)))
+        # Where the format can decode a smaller picture, one that is large enough for its looks.
+        image.draft("RGB", (2 * SIDE, 2 * SIDE))
         image.load()
-        phash = difference_hash(image)
+        looks = looks_of(image)
     except (OSError, SyntaxError, ValueError) as err:
         return Inspected(status="decode_error", reason=str(err))
     ext = EXTENSIONS.get(image.format or "", "bin")
-    return Inspected(status=OK, width=width, height=height, phash=phash, ext=ext)
+    return Inspected(status=OK, width=width, height=height, looks=looks, ext=ext)
 
 
 def _beginning(data: bytes) -> str:

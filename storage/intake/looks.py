@@ -41,6 +41,11 @@ class Looks:
     colours: np.ndarray
     """(VIEWS, 12) uint8: red, green and blue of four fields."""
 
+    @property
+    def phash(self) -> str:
+        """The difference hash of the whole picture, 16 hex digits."""
+        return f"{int(self.edges[0]):016x}"
+
     def to_bytes(self) -> bytes:
         """As a column holds them."""
         edges, forms = self.edges.astype("<u8"), self.forms.astype("<u8")

@@ -32,6 +32,8 @@ STATUSES = (
     "too_many_pixels",
     "duplicate_url",
     "duplicate_image",
+    "near_duplicate",
+    "eval_overlap",
     "lost",
     "other",
 )

@@ -24,10 +24,10 @@ from storage.fingerprint import Basis, basis_of, explain, fingerprint_of
 from storage.intake.download_config import DownloadConfig
 from storage.intake.fetching.host_server import HostServer
 from storage.intake.images import inspect_image
+from storage.intake.known import KnownImages
 from storage.intake.passes import Passes, PassResults, fetch_slice
 from storage.intake.plan import Plan, make_plan
 from storage.intake.records import IntakeRecord, finished_intake, remember_intake
-from storage.intake.seen import SeenImages
 from storage.intake.url_list import UrlListConfig
 from storage.lake import Lake
 from storage.schemas import OK
@@ -40,7 +40,6 @@ from storage.tables import (
     commit_part,
     committed_part,
     drop_part,
-    iter_part,
     list_parts,
     part_manifest,
     rows_table,
@@ -137,18 +136,18 @@ class _Intake:
         pairs: list[PartRef] = []
         captions: list[PartRef] = []
         with (
-            SeenImages(folder) as seen,
+            KnownImages(self.lake, folder, self.config) as known,
             HostServer(
                 self.config.host_rules, patience_s=self.config.turn_patience_s
             ) as self._hosts,
         ):
             for ref in self.earlier:
-                _remember(self.lake, ref, seen)
+                known.remember(ref)
             for first in range(0, num_parts, per_slice):
                 indices = range(first, min(first + per_slice, num_parts))
                 fetched = self._fetch(plan, indices, folder, on_progress)
                 for index in indices:
-                    made = self._part(plan, index, fetched, seen)
+                    made = self._part(plan, index, fetched, known)
                     pairs.append(made[0])
                     captions.append(made[1])
                 shutil.rmtree(_slice_folder(folder, indices), ignore_errors=True)
@@ -192,12 +191,12 @@ class _Intake:
         return self.basis | {"intake": self.basis, "part": index}
 
     def _part(
-        self, plan: Plan, index: int, fetched: Passes | None, seen: SeenImages
+        self, plan: Plan, index: int, fetched: Passes | None, known: KnownImages
     ) -> tuple[PartRef, PartRef]:
         """One shard with its pairs and captions, unless it is committed."""
         made = self._committed(index)
         if made is not None:
-            _remember(self.lake, made[0], seen)
+            known.remember(made[0])
             return made
         assert fetched is not None, f"part {index} is missing, but nothing was fetched"
         clock = Clock()
@@ -206,7 +205,7 @@ class _Intake:
         planned = plan.rows(begin, end)
         pairs: list[dict[str, Any]] = []
         results = fetched.results(begin, end)
-        _, ranges = write_shard(self.lake, name, self._samples(planned, results, seen, pairs))
+        _, ranges = write_shard(self.lake, name, self._samples(planned, results, known, pairs))
         where = {r.key: r.offset for r in ranges}
         for pair in pairs:
             if pair["status"] == OK:
@@ -217,19 +216,19 @@ class _Intake:
         self,
         planned: list[dict[str, Any]],
         results: PassResults,
-        seen: SeenImages,
+        known: KnownImages,
         pairs: list[dict[str, Any]],
     ) -> Iterator[Sample]:
         """The images of a shard, one in memory; a row for each planned row is put into `pairs`."""
         for plan_row in planned:
-            pair, image, ext = self._outcome(plan_row, results, seen)
+            pair, image, ext = self._outcome(plan_row, results, known)
             pairs.append(pair)
             if image is not None:
                 meta = {k: pair[k] for k in ("url", "alt_text", "source_name", "image_id")}
                 yield Sample(key=pair["key"], image=image, ext=ext, meta=meta)
 
     def _outcome(
-        self, plan_row: dict[str, Any], results: PassResults, seen: SeenImages
+        self, plan_row: dict[str, Any], results: PassResults, known: KnownImages
     ) -> tuple[dict[str, Any], bytes | None, str]:
         """The pairs row of a planned row, with its image and extension when it has one."""
         own = ("row", "key", "source_name", "url", "alt_text", "licence", "extra")
@@ -252,11 +251,13 @@ class _Intake:
         pair |= {"status": found.status, "reason": found.reason}
         if found.status != OK:
             return pair, None, ""
-        pair |= {"image_id": ids.image_id(result.image), "phash": found.phash}
-        pair |= {"width": found.width, "height": found.height}
-        first = seen.add(pair["image_id"], pair["key"])
-        if first is not None:
-            pair |= {"status": "duplicate_image", "reason": f"same picture as key {first}"}
+        looks = found.looks
+        assert looks is not None
+        pair |= {"image_id": ids.image_id(result.image), "phash": looks.phash}
+        pair |= {"looks": looks.to_bytes(), "width": found.width, "height": found.height}
+        refused = known.refusal(pair["image_id"], pair["key"], looks)
+        if refused is not None:
+            pair |= {"status": refused[0], "reason": refused[1]}
             return pair, None, ""
         return pair | {"size": len(result.image)}, result.image, found.ext
 
@@ -304,21 +305,16 @@ def _caption(pair: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _remember(lake: Lake, ref: PartRef, seen: SeenImages) -> None:
-    """Add a committed part's images to those seen."""
-    for batch in iter_part(lake, ref, ["image_id", "status", "key"]):
-        for row in batch.to_pylist():
-            if row["status"] == OK:
-                seen.add(row["image_id"], row["key"])
-
-
 def _num_ok(lake: Lake, parts: list[PartRef]) -> int:
     return sum(part_manifest(lake, ref).num_ok for ref in parts if ref.table == "pairs")
 
 
 def _num_asked(lake: Lake, parts: list[PartRef]) -> int:
     """Rows that were asked for: a list of nothing but known addresses is no failure."""
-    known = ("duplicate_url", "duplicate_image", "bad_text", "bad_url")
+    known = (
+        *("duplicate_url", "duplicate_image", "near_duplicate", "eval_overlap"),
+        *("bad_text", "bad_url"),
+    )
     manifests = [part_manifest(lake, ref) for ref in parts if ref.table == "pairs"]
     return sum(m.num_in - sum(m.reasons.get(name, 0) for name in known) for m in manifests)
 

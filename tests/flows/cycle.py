@@ -68,6 +68,7 @@ def tiny_settings(lake: Path, world: Path, **changes: Any) -> dict[str, Any]:
             "timeout_s": 1.0,
             "threads": 8,
             "retry_passes": 0,
+            "eval_overlap": "keep",
         },
         "model": {"preset": "tiny", "tokenizer": "train", "vocab_size": 200},
         "pretrain": train,

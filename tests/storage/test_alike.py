@@ -4,25 +4,14 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
+from web_world import drawn
 
 from storage.intake.alike import KnownLooks
 from storage.intake.looks import NUM_BYTES, Looks, looks_of, looks_of_bytes
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "photos" / "images"
-
-
-def _drawn(seed: int, side_px: int = 240) -> Image.Image:
-    """A picture of soft patches: no two alike, with structure at every scale."""
-    drawn = np.random.default_rng(seed)
-    picture = Image.new("RGB", (side_px, side_px))
-    for fields, share in ((4, 0.5), (9, 0.5), (30, 0.25)):
-        patches = Image.fromarray(drawn.integers(0, 255, (fields, fields, 3), dtype=np.uint8))
-        patches = patches.resize((side_px, side_px), Image.Resampling.BICUBIC)
-        picture = Image.blend(picture, patches, share)
-    return picture
 
 
 def _jpeg(quality: int) -> Callable[[Image.Image], Image.Image]:
@@ -68,12 +57,12 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_copy_is_known_again_and_nothing_else_is(tmp_path: Path, change: str) -> None:
-    pictures = [_drawn(seed) for seed in range(40)]
+    pictures = [drawn(seed) for seed in range(40)]
     with KnownLooks(tmp_path) as known:
         for number, picture in enumerate(pictures):
             known.add(f"{number:032x}", looks_of(picture))
         found = [known.find(looks_of(CHANGES[change](picture))) for picture in pictures]
-        others = [known.find(looks_of(_drawn(seed))) for seed in range(100, 160)]
+        others = [known.find(looks_of(drawn(seed))) for seed in range(100, 160)]
     right = sum(each == f"{number:032x}" for number, each in enumerate(found))
     assert right >= 36
     assert all(each is None or each == f"{number:032x}" for number, each in enumerate(found))
@@ -83,13 +72,13 @@ def test_a_changed_copy_is_known_again_and_nothing_else_is(tmp_path: Path, chang
 def test_the_first_of_several_alike_is_named(tmp_path: Path) -> None:
     with KnownLooks(tmp_path) as known:
         for number in (3, 1, 2):
-            known.add(f"{number:032x}", looks_of(_drawn(7)))
-        assert known.find(looks_of(_drawn(7))) == f"{3:032x}"
+            known.add(f"{number:032x}", looks_of(drawn(7)))
+        assert known.find(looks_of(drawn(7))) == f"{3:032x}"
         assert len(known) == 3
 
 
 def test_looks_survive_being_stored() -> None:
-    looks = looks_of(_drawn(1))
+    looks = looks_of(drawn(1))
     data = looks.to_bytes()
     assert len(data) == NUM_BYTES
     again: Looks = looks_of_bytes(data)
@@ -99,7 +88,7 @@ def test_looks_survive_being_stored() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "F"])
 def test_any_mode_has_looks(mode: str) -> None:
-    image = _drawn(2).convert("L").convert("I").convert("I;16") if mode == "I;16" else _drawn(2)
+    image = drawn(2).convert("L").convert("I").convert("I;16") if mode == "I;16" else drawn(2)
     assert len(looks_of(image.convert(mode) if mode != "I;16" else image).to_bytes()) == NUM_BYTES
 
 

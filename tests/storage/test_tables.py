@@ -47,6 +47,7 @@ def test_part_round_trips_with_the_schema_of_its_table(lake: Lake, table: str) -
         pa.int32(): 7,
         pa.float64(): 0.5,
         pa.bool_(): True,
+        pa.binary(): b"\x00bytes",
         pa.timestamp("us", tz="UTC"): 1_700_000_000_000_001,
     }
     row = {f.name: pa.scalar(values[f.type], f.type).as_py() for f in TABLES[table]}

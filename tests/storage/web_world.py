@@ -24,6 +24,31 @@ def jpeg(seed: int, side_px: int = 48) -> bytes:
     return data.getvalue()
 
 
+def drawn(seed: int, side_px: int = 240) -> Image.Image:
+    """A picture of soft patches: no two alike, with structure at every scale."""
+    numbers = np.random.default_rng(seed)
+    picture = Image.new("RGB", (side_px, side_px))
+    for fields, share in ((4, 0.5), (9, 0.5), (30, 0.25)):
+        patches = Image.fromarray(numbers.integers(0, 255, (fields, fields, 3), dtype=np.uint8))
+        patches = patches.resize((side_px, side_px), Image.Resampling.BICUBIC)
+        picture = Image.blend(picture, patches, share)
+    return picture
+
+
+def photo(seed: int) -> bytes:
+    """A drawn picture as a JPEG."""
+    data = io.BytesIO()
+    drawn(seed).save(data, "JPEG", quality=90)
+    return data.getvalue()
+
+
+def copy_of(seed: int) -> bytes:
+    """The same picture, smaller, cropped and compressed again."""
+    data = io.BytesIO()
+    drawn(seed).crop((5, 5, 235, 235)).resize((120, 120)).save(data, "JPEG", quality=60)
+    return data.getvalue()
+
+
 @dataclass
 class PictureServer:
     """Answers as a forward proxy, so that addresses are the same in every run."""
@@ -45,6 +70,10 @@ def answer(name: str) -> tuple[int, bytes, dict[str, str]]:
     plain: dict[str, str] = {}
     if name.startswith("ok"):
         return 200, jpeg(int(name[2:].split(".")[0])), plain
+    if name.startswith("photo"):
+        return 200, photo(int(name[5:].split(".")[0])), plain
+    if name.startswith("copy"):
+        return 200, copy_of(int(name[4:].split(".")[0])), plain
     answers = {
         "gone": (404, b"", plain),
         "robots": (404, b"", plain),
