@@ -70,19 +70,20 @@ def looks_of(image: Image.Image) -> Looks:
     small = _rgb(image).resize((SIDE, SIDE), Image.Resampling.BOX)
     grey = small.convert("L")
     boxes = _boxes(np.asarray(grey, np.float32))
-    edges, forms, colours = [], [], []
-    for box in boxes:
-        fields = np.asarray(grey.resize((9, 8), Image.Resampling.BOX, box=box), np.int16)
-        edges.append(_packed(fields[:, 1:] > fields[:, :-1]))
-        form = np.asarray(
-            grey.resize((_DCT_SIDE, _DCT_SIDE), Image.Resampling.BOX, box=box), np.float32
-        )
-        basis = _dct_basis()
-        # The lowest frequency is the mean brightness.
-        low = (basis @ form @ basis.T).ravel()[1:65]
-        forms.append(_packed(low > np.median(low)))
-        colours.append(np.asarray(small.resize((2, 2), Image.Resampling.BOX, box=box)).ravel())
-    return Looks(np.array(edges, np.uint64), np.array(forms, np.uint64), np.array(colours))
+    box_resized = Image.Resampling.BOX
+    fields = np.stack([np.asarray(grey.resize((9, 8), box_resized, box=box)) for box in boxes])
+    form_size = (_DCT_SIDE, _DCT_SIDE)
+    forms = np.stack([np.asarray(grey.resize(form_size, box_resized, box=box)) for box in boxes])
+    colours = [np.asarray(small.resize((2, 2), box_resized, box=box)).ravel() for box in boxes]
+    basis = _dct_basis()
+    # The lowest frequency is the mean brightness.
+    low = (basis @ forms.astype(np.float32) @ basis.T).reshape(VIEWS, -1)[:, 1:65]
+    middle = np.partition(low, (31, 32), axis=1)[:, 31:33].mean(axis=1, keepdims=True)
+    return Looks(
+        _packed((fields[:, :, 1:] > fields[:, :, :-1]).reshape(VIEWS, 64)),
+        _packed(low > middle),
+        np.stack(colours),
+    )
 
 
 def are_alike(a: Looks, view_of_a: int, b: Looks, view_of_b: int) -> bool:
@@ -116,15 +117,16 @@ def _boxes(grey: np.ndarray) -> list[tuple[float, float, float, float]]:
 
 def _without_frame(grey: np.ndarray, top: int, bottom: int) -> tuple[int, int, int, int]:
     inner = grey[top:bottom]
-    above, below = _frame(inner), _frame(inner[::-1])
-    left, right = _frame(inner.T), _frame(inner.T[::-1])
+    rows, columns = inner.std(axis=1) < _PLAIN, inner.std(axis=0) < _PLAIN
+    above, below = _frame(rows), _frame(rows[::-1])
+    left, right = _frame(columns), _frame(columns[::-1])
     return left, top + above, SIDE - right, bottom - below
 
 
-def _frame(lines: np.ndarray) -> int:
+def _frame(is_plain: np.ndarray) -> int:
     """How many of the first lines are plain; 0 when so many are that there is no saying where a frame ends."""
-    plain = lines[: _MOST_FRAME + 1].std(axis=1) < _PLAIN
-    return 0 if plain.all() else int(np.argmin(plain))
+    first = is_plain[: _MOST_FRAME + 1]
+    return 0 if first.all() else int(np.argmin(first))
 
 
 @functools.cache
@@ -136,5 +138,6 @@ def _dct_basis() -> np.ndarray:
     return basis.astype(np.float32)
 
 
-def _packed(bits: np.ndarray) -> int:
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+def _packed(bits: np.ndarray) -> np.ndarray:
+    """(VIEWS, 64) bool to (VIEWS,) uint64, the first bit highest."""
+    return np.packbits(bits, axis=1).view(">u8").ravel().astype(np.uint64)
