@@ -23,8 +23,8 @@ from storage.errors import ConfigError, EmptyInput
 from storage.fingerprint import Basis, basis_of, explain, fingerprint_of
 from storage.intake.download_config import DownloadConfig
 from storage.intake.fetching.host_server import HostServer
-from storage.intake.images import inspect_image
 from storage.intake.known import KnownImages
+from storage.intake.looking import looked_at
 from storage.intake.passes import Passes, PassResults, fetch_slice
 from storage.intake.plan import Plan, make_plan
 from storage.intake.records import IntakeRecord, finished_intake, remember_intake
@@ -219,47 +219,19 @@ class _Intake:
         known: KnownImages,
         pairs: list[dict[str, Any]],
     ) -> Iterator[Sample]:
-        """The images of a shard, one in memory; a row for each planned row is put into `pairs`."""
-        for plan_row in planned:
-            pair, image, ext = self._outcome(plan_row, results, known)
+        """The images of a shard; a row for each planned row is put into `pairs`."""
+        for row in looked_at(planned, results, self.config):
+            pair = row.pair
             pairs.append(pair)
-            if image is not None:
-                meta = {k: pair[k] for k in ("url", "alt_text", "source_name", "image_id")}
-                yield Sample(key=pair["key"], image=image, ext=ext, meta=meta)
-
-    def _outcome(
-        self, plan_row: dict[str, Any], results: PassResults, known: KnownImages
-    ) -> tuple[dict[str, Any], bytes | None, str]:
-        """The pairs row of a planned row, with its image and extension when it has one."""
-        own = ("row", "key", "source_name", "url", "alt_text", "licence", "extra")
-        pair = {name: plan_row[name] for name in own}
-        pair |= {"pool": "web", "attempts": 0}
-        pair |= {"status": plan_row["status"], "reason": plan_row["reason"]}
-        if pair["status"] is not None:
-            return pair, None, ""
-        result = results.get(plan_row["n"])
-        pair["attempts"] = results.attempts(plan_row["n"])
-        if result is None:
-            pair |= {"status": "lost", "reason": "img2dataset left no record of this row"}
-            return pair, None, ""
-        pair["fetched_at"] = result.fetched_at
-        if result.image is None:
-            pair |= {"status": result.status, "reason": result.error}
-            return pair, None, ""
-        config = self.config
-        found = inspect_image(result.image, config.min_image_side_px, config.max_image_pixels)
-        pair |= {"status": found.status, "reason": found.reason}
-        if found.status != OK:
-            return pair, None, ""
-        looks = found.looks
-        assert looks is not None
-        pair |= {"image_id": ids.image_id(result.image), "phash": looks.phash}
-        pair |= {"looks": looks.to_bytes(), "width": found.width, "height": found.height}
-        refused = known.refusal(pair["image_id"], pair["key"], looks)
-        if refused is not None:
-            pair |= {"status": refused[0], "reason": refused[1]}
-            return pair, None, ""
-        return pair | {"size": len(result.image)}, result.image, found.ext
+            if row.image is None or row.looks is None:
+                continue
+            refused = known.refusal(pair["image_id"], pair["key"], row.looks)
+            if refused is not None:
+                pair |= {"status": refused[0], "reason": refused[1]}
+                continue
+            pair["size"] = len(row.image)
+            meta = {k: pair[k] for k in ("url", "alt_text", "source_name", "image_id")}
+            yield Sample(key=pair["key"], image=row.image, ext=row.ext, meta=meta)
 
     def _commit(
         self, name: str, index: int, pairs: list[dict[str, Any]], clock: Clock
