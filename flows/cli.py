@@ -15,6 +15,7 @@ from flows import (
     compare_command,
     decide_command,
     exports,
+    purge_command,
     round_commands,
     sql_command,
     sweep_command,
@@ -88,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     why_command.register(commands, _command)
     sql_command.register(commands, _command)
     round_commands.register(commands, _command)
+    purge_command.register(commands, _command)
     compare_command.register(commands, _command, _settings_options)
     repair = _command(
         commands, "repair", "check every committed file, drop what is damaged", _repair

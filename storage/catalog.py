@@ -40,6 +40,7 @@ VIEWS = (
     "raw",
     "funnel",
     "noise",
+    "purges",
     "lineage",
     "round_costs",
     "compare_rounds",

@@ -8,7 +8,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage import catalog, layout
+from storage import catalog, layout, trainset
 from storage.errors import ConfigError
 from storage.lake import Lake
 from storage.parts_sql import rows_of
@@ -142,9 +142,15 @@ def _only_shards(lake: Lake, con: duckdb.DuckDBPyConnection, shards: set[str]) -
 
 
 def _rows_trained_on(lake: Lake, fingerprint: str, image_id: str) -> set[tuple[str, str]] | None:
-    """(caption, source) of an image in a training set, whose rows are sorted by image; None when its file is gone."""
+    """(caption, source) of an image in a training set, whose rows are sorted by image; None when its file is gone.
+
+    Of a set that images were purged from since, what is left of it.
+    """
+    stored = trainset.standing(lake, fingerprint)
+    if stored is None:
+        return None
     try:
-        with lake.root.open(layout.trainset(fingerprint)) as f:
+        with lake.root.open(layout.trainset(stored)) as f:
             reader = pa.ipc.open_file(f)
             firsts = _Firsts(reader)
             # Rows of one image may begin in the batch before the first that begins with it.

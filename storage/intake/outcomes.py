@@ -40,9 +40,11 @@ STATUSES = (
     "duplicate_url",
     "duplicate_image",
     "lost",
+    "purged",
     "other",
 )
-"""Every status of a web pair. `lost` means that the fetcher left no word of the row."""
+"""Every status of a web pair. `lost` means that the fetcher left no word of the row, `purged` that the image was taken
+out on request, or not taken in because one was."""
 
 
 def status_of(error: str) -> str:

@@ -25,6 +25,7 @@ from storage.intake.fetched import Download, Results
 from storage.intake.images import inspect_image
 from storage.intake.img2dataset import DownloadConfig, download
 from storage.intake.plan import Plan, make_plan
+from storage.intake.purged import PurgedImages
 from storage.intake.records import IntakeRecord, finished_intake, remember_intake
 from storage.intake.seen import SeenImages
 from storage.intake.url_list import UrlListConfig
@@ -134,14 +135,14 @@ class _Intake:
         per_slice = max(self.config.slice_rows // size, 1)
         pairs: list[PartRef] = []
         captions: list[PartRef] = []
-        with SeenImages(folder) as seen:
+        with SeenImages(folder) as seen, PurgedImages(self.lake, folder) as purged:
             for ref in self.earlier:
                 _remember(self.lake, ref, seen)
             for first in range(0, num_parts, per_slice):
                 indices = range(first, min(first + per_slice, num_parts))
                 fetched = self._fetch(plan, indices, folder, on_progress)
                 for index in indices:
-                    made = self._part(plan, index, fetched, seen)
+                    made = self._part(plan, index, fetched, seen, purged)
                     pairs.append(made[0])
                     captions.append(made[1])
                 shutil.rmtree(_slice_folder(folder, indices), ignore_errors=True)
@@ -186,7 +187,12 @@ class _Intake:
         return self.basis | {"intake": self.basis, "part": index}
 
     def _part(
-        self, plan: Plan, index: int, fetched: Download | None, seen: SeenImages
+        self,
+        plan: Plan,
+        index: int,
+        fetched: Download | None,
+        seen: SeenImages,
+        purged: PurgedImages,
     ) -> tuple[PartRef, PartRef]:
         """One shard with its pairs and captions, unless it is committed."""
         made = self._committed(index)
@@ -200,7 +206,8 @@ class _Intake:
         planned = plan.rows(begin, end)
         pairs: list[dict[str, Any]] = []
         results = fetched.results(begin, end)
-        _, ranges = write_shard(self.lake, name, self._samples(planned, results, seen, pairs))
+        samples = self._samples(planned, results, seen, purged, pairs)
+        _, ranges = write_shard(self.lake, name, samples)
         where = {r.key: r.offset for r in ranges}
         for pair in pairs:
             if pair["status"] == OK:
@@ -212,18 +219,19 @@ class _Intake:
         planned: list[dict[str, Any]],
         results: Results,
         seen: SeenImages,
+        purged: PurgedImages,
         pairs: list[dict[str, Any]],
     ) -> Iterator[Sample]:
         """The images of a shard, one in memory; a row for each planned row is put into `pairs`."""
         for plan_row in planned:
-            pair, image, ext = self._outcome(plan_row, results, seen)
+            pair, image, ext = self._outcome(plan_row, results, seen, purged)
             pairs.append(pair)
             if image is not None:
                 meta = {k: pair[k] for k in ("url", "alt_text", "source_name", "image_id")}
                 yield Sample(key=pair["key"], image=image, ext=ext, meta=meta)
 
     def _outcome(
-        self, plan_row: dict[str, Any], results: Results, seen: SeenImages
+        self, plan_row: dict[str, Any], results: Results, seen: SeenImages, purged: PurgedImages
     ) -> tuple[dict[str, Any], bytes | None, str]:
         """The pairs row of a planned row, with its image and extension when it has one."""
         own = ("row", "key", "source_name", "url", "alt_text", "licence", "extra")
@@ -246,6 +254,9 @@ class _Intake:
         pair |= {"status": found.status, "reason": found.reason}
         if found.status != OK:
             return pair, None, ""
+        gone = purged.outcome(ids.image_id(result.image))
+        if gone is not None:
+            return pair | gone, None, ""
         pair |= {"image_id": ids.image_id(result.image), "phash": found.phash}
         pair |= {"width": found.width, "height": found.height}
         first = seen.add(pair["image_id"], pair["key"])
@@ -312,7 +323,7 @@ def _num_ok(lake: Lake, parts: list[PartRef]) -> int:
 
 def _num_asked(lake: Lake, parts: list[PartRef]) -> int:
     """Rows that were asked for: a list of nothing but known addresses is no failure."""
-    known = ("duplicate_url", "duplicate_image", "bad_text", "bad_url")
+    known = ("duplicate_url", "duplicate_image", "bad_text", "bad_url", "purged")
     manifests = [part_manifest(lake, ref) for ref in parts if ref.table == "pairs"]
     return sum(m.num_in - sum(m.reasons.get(name, 0) for name in known) for m in manifests)
 

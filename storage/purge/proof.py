@@ -1,0 +1,236 @@
+"""The proof of a purge: everything that could still hold an image, read back.
+
+Shards by byte range, tables by SQL, training sets row by row, all other files of the lake by the ids, addresses and texts
+in them.
+"""
+
+import html
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from storage import catalog, layout
+from storage.lake import Lake
+from storage.parts_sql import rows_of
+from storage.purge import scratch
+from storage.purge.models import stored_sets
+from storage.purge.plan import image_ids_of
+from storage.purge.tars import Place, is_blank, members
+from storage.schemas import PURGED_STATUS, TABLES
+from storage.tables import list_parts
+from storage.trainset import images_in
+
+_HEX = re.compile(rb"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
+_URL = re.compile(rb"https?://[^\s\"'<>\\]+")
+_NODE = re.compile(r">([^<>]+)<")
+_QUOTES = " \t\r\n\"'“”‘’«»"
+
+
+@dataclass(kw_only=True)
+class Proof:
+    """What was looked for, and what of it was found. Clean when nothing was."""
+
+    num_images: int
+    num_rows: int
+    num_texts: int | None
+    """Texts that were looked for; None when they are not known any more."""
+    places: int = 0
+    """Byte ranges of images in shards that were read back."""
+    shards: int = 0
+    shards_gone: list[str] = field(default_factory=list)
+    """Shards that are not there at all."""
+    parts: int = 0
+    """Parts of tables that were read."""
+    training_sets: int = 0
+    files: int = 0
+    """Other files that were read."""
+    not_blank: list[str] = field(default_factory=list)
+    """Byte ranges that are not zeros."""
+    rows_left: dict[str, int] = field(default_factory=dict)
+    """Rows by table that name an image, an address or a text."""
+    sets_left: dict[str, int] = field(default_factory=dict)
+    """Rows by training set."""
+    files_left: list[str] = field(default_factory=list)
+    """Files that name an image, an address or a text, and which."""
+    work_left: list[str] = field(default_factory=list)
+    images: list[dict[str, Any]] = field(default_factory=list)
+    """By image: its rows, its places, the models that were trained on it."""
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing was found."""
+        return not (
+            self.not_blank or self.rows_left or self.sets_left or self.files_left or self.work_left
+        )
+
+    def findings(self) -> list[str]:
+        """What was found, in words."""
+        found = [f"{place} is not zeros" for place in self.not_blank]
+        found += [f"{rows} rows of {table} are left" for table, rows in self.rows_left.items()]
+        found += [
+            f"{rows} rows of training set {name} are left" for name, rows in self.sets_left.items()
+        ]
+        return found + self.files_left + [f"work/{name} is left" for name in self.work_left]
+
+
+def prove(
+    lake: Lake, rows: pa.Table, texts: Iterable[str] | None, *, with_scratch: bool = True
+) -> Proof:
+    """Look for what some purged rows had, everywhere in the lake.
+
+    `rows` have the columns of the table `purged`; `texts` are those that only their images had.
+    """
+    ids = image_ids_of(rows)
+    known_texts = None if texts is None else set(texts)
+    proof = Proof(
+        num_images=len(ids),
+        num_rows=len(rows),
+        num_texts=None if known_texts is None else len(known_texts),
+        images=_images(rows),
+    )
+    # Names of files that people captioned are no addresses: other sets may have the same.
+    urls = {
+        row["url"]
+        for row in rows.select(["pool", "url"]).to_pylist()
+        if row["pool"] == "web" and row["url"]
+    }
+    _look_into_shards(lake, rows, proof)
+    _look_into_tables(lake, ids, urls, known_texts or set(), proof)
+    for fingerprint in stored_sets(lake):
+        proof.training_sets += 1
+        if len(ids) and (found := images_in(lake, fingerprint, ids)):
+            proof.sets_left[fingerprint] = sum(found.values())
+    _look_into_files(lake, set(ids.to_pylist()), urls, known_texts or set(), proof)
+    if with_scratch:
+        proof.work_left = scratch.unfinished(lake)
+    return proof
+
+
+def places_by_shard(rows: pa.Table) -> dict[str, list[Place]]:
+    """Where the images of some rows lay, in the order of their shards."""
+    found: dict[str, list[Place]] = defaultdict(list)
+    for row in rows.select(["shard", "offset", "size"]).to_pylist():
+        if row["shard"] is not None:
+            found[row["shard"]].append((row["offset"], row["size"]))
+    return {shard: sorted(set(found[shard])) for shard in sorted(found)}
+
+
+def _look_into_shards(lake: Lake, rows: pa.Table, proof: Proof) -> None:
+    for shard, images in places_by_shard(rows).items():
+        path = layout.shard(shard)
+        if not lake.root.exists(path):
+            proof.shards_gone.append(shard)
+            continue
+        proof.shards += 1
+        with lake.root.open(path) as f:
+            for place in members(f, images):
+                proof.places += 1
+                if not is_blank(f, [place]):
+                    proof.not_blank.append(f"{path}, {place[1]} bytes from {place[0]},")
+
+
+def _look_into_tables(
+    lake: Lake, ids: pa.Array, urls: set[str], texts: set[str], proof: Proof
+) -> None:
+    """No column of text says an id, an address or a text, but for the rows that are there to say that it was purged."""
+    names = pa.table({"name": pa.array(sorted({*ids.to_pylist(), *urls, *texts}), pa.string())})
+    with catalog.connect(lake) as con:
+        con.register("names", names)
+        for table, schema in TABLES.items():
+            parts = list_parts(lake, table)
+            proof.parts += len(parts)
+            if table == "purged" or not parts:
+                continue
+            columns = [each.name for each in schema if pa.types.is_string(each.type)]
+            said = " OR ".join(f'"{name}" IN (SELECT name FROM names)' for name in columns)
+            spared = f"AND status <> '{PURGED_STATUS}'" if table == "pairs" else ""
+            # A purged row of pairs has its address and its image, and nothing that was said of it.
+            bare = (
+                f"OR (status = '{PURGED_STATUS}' AND (alt_text IS NOT NULL OR shard IS NOT NULL))"
+                if table == "pairs"
+                else ""
+            )
+            sql = f"SELECT count(*) FROM ({rows_of(lake, table, parts)}) WHERE (({said}) {spared}) {bare}"
+            rows = con.execute(sql).fetchall()[0][0]
+            if rows:
+                proof.rows_left[table] = int(rows)
+
+
+def _look_into_files(
+    lake: Lake, ids: set[str], urls: set[str], texts: set[str], proof: Proof
+) -> None:
+    for rel in lake.root.list_recursive(""):
+        if not _is_searched(rel):
+            continue
+        proof.files += 1
+        try:
+            data = lake.root.read_bytes(rel)
+        except FileNotFoundError:
+            continue  # a reader's, gone meanwhile
+        said = {match.decode() for match in _HEX.findall(data)} & ids
+        found = (html.unescape(match.decode("utf-8", "replace")) for match in _URL.findall(data))
+        said |= {each.rstrip(".,;)") for each in found} & urls
+        said |= _texts_of(rel, data) & texts
+        proof.files_left += [f"{rel} says {each!r}" for each in sorted(said)]
+
+
+def _is_searched(rel: str) -> bool:
+    """All files but those that are read in another way, weights, and the records of purges themselves."""
+    first, path = rel.partition("/")[0], PurePosixPath(rel)
+    if first in (layout.SHARDS, layout.PURGES, layout.WORK, layout.LOCK):
+        return False
+    if first == layout.MODELS:
+        return path.name == "lineage.json"
+    return path.suffix not in (".parquet", ".arrow")
+
+
+def _texts_of(rel: str, data: bytes) -> set[str]:
+    """The texts that a page shows, or a JSON file has."""
+    if rel.endswith(".html"):
+        nodes = _NODE.findall(data.decode("utf-8", "replace"))
+        return {html.unescape(node).strip(_QUOTES) for node in nodes}
+    if rel.endswith(".json"):
+        try:
+            return set(_strings(json.loads(data)))
+        except ValueError:
+            return set()
+    return set()
+
+
+def _strings(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield name
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _images(rows: pa.Table) -> list[dict[str, Any]]:
+    """By image (or by row where none had come): what was purged, as data."""
+    by_image: dict[str, dict[str, Any]] = {}
+    columns = ["pool", "key", "url", "image_id", "shard", "offset", "size", "asked", "models"]
+    for row in rows.select(columns).to_pylist():
+        name = row["image_id"] or f"row {row['key']}"
+        image = by_image.setdefault(
+            name,
+            {
+                "image_id": row["image_id"],
+                "rows": [],
+                "places": [],
+                "models": json.loads(row["models"] or "[]"),
+            },
+        )
+        image["rows"].append({each: row[each] for each in ("pool", "key", "url", "asked")})
+        if row["shard"] is not None:
+            image["places"].append({each: row[each] for each in ("shard", "offset", "size")})
+    return list(by_image.values())
