@@ -11,6 +11,7 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from flows.steps import canaries, judge
 from flows.steps.caption import images_input
@@ -42,7 +43,9 @@ def content_changes(lake: Lake, image_ids: pa.Array, hide: Hide) -> Iterator[Cha
     """Every fingerprint of rows in the basis of a committed part that is another one without the images."""
     gone = set(image_ids.to_pylist())
     for pairs in list_parts(lake, "pairs"):
-        yield from _of_shard(lake, pairs, gone)
+        ids = read_part(lake, pairs, ["image_id"]).column(0)
+        if pc.any(pc.is_in(ids, value_set=image_ids)).as_py():
+            yield from _of_shard(lake, pairs, gone)
     yield from _of_heldout(lake, hide)
     for record in rounds.list_rounds(lake):
         yield from _of_audit(lake, record.round, hide)

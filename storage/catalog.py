@@ -64,10 +64,18 @@ def connect(
 
     With `as_of`, a round: over what that round and those before it took in and made.
     """
+    con = connect_bare(lake, memory_limit, threads)
+    create_views(con, lake, as_of=as_of)
+    return con
+
+
+def connect_bare(
+    lake: Lake, memory_limit: str = "2GB", threads: int | None = None
+) -> duckdb.DuckDBPyConnection:
+    """`connect` without any view: for SQL over parts that are named one by one."""
     con = duckdb.connect(config=_config(lake, memory_limit, threads))
     if not lake.root.is_local:
         con.register_filesystem(lake.root.fs)
-    create_views(con, lake, as_of=as_of)
     return con
 
 

@@ -49,7 +49,7 @@ def rows_by_part(
     parts = list_parts(lake, table)
     if not parts:
         return {}
-    with catalog.connect(lake) as con:
+    with catalog.connect_bare(lake) as con:
         con.register("wanted", pa.table({"image_id": image_ids}))
         con.register("planted", pa.table({"caption_id": pa.array(list(planted), pa.string())}))
         texts = "OR caption_id IN (FROM planted)" if table == "canaries" else ""

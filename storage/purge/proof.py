@@ -29,6 +29,10 @@ from storage.trainset import images_in
 _HEX = re.compile(rb"(?<![0-9a-f])[0-9a-f]{32}(?![0-9a-f])")
 _URL = re.compile(rb"https?://[^\s\"'<>\\]+")
 _NODE = re.compile(r">([^<>]+)<")
+_HOLD_TEXTS = ("caption", "alt_text", "url")
+"""Columns whose texts come from outside; in others a word of this program may be somebody's alt text."""
+_FEWEST_WORDS = 3
+"""Shorter texts are not looked for in pages and records, whose own words they may be."""
 _QUOTES = " \t\r\n\"'“”‘’«»"
 
 
@@ -138,25 +142,33 @@ def _look_into_shards(lake: Lake, rows: pa.Table, proof: Proof) -> None:
 def _look_into_tables(
     lake: Lake, ids: pa.Array, urls: set[str], texts: set[str], proof: Proof
 ) -> None:
-    """No column of text says an id, an address or a text, but for the rows that are there to say that it was purged."""
-    names = pa.table({"name": pa.array(sorted({*ids.to_pylist(), *urls, *texts}), pa.string())})
-    with catalog.connect(lake) as con:
-        con.register("names", names)
+    """No column says an id, and none that holds texts says an address or a text.
+
+    But for the rows that are there to say what was purged: those of `purged`, and the outcomes in `pairs`, which have their
+    address and their image, and nothing that was said of it.
+    """
+    said = pa.array(sorted(urls | texts), pa.string())
+    with catalog.connect_bare(lake) as con:
+        con.register("ids", pa.table({"name": ids.cast(pa.string())}))
+        con.register("said", pa.table({"name": said}))
         for table, schema in TABLES.items():
             parts = list_parts(lake, table)
             proof.parts += len(parts)
             if table == "purged" or not parts:
                 continue
             columns = [each.name for each in schema if pa.types.is_string(each.type)]
-            said = " OR ".join(f'"{name}" IN (SELECT name FROM names)' for name in columns)
-            spared = f"AND status <> '{PURGED_STATUS}'" if table == "pairs" else ""
-            # A purged row of pairs has its address and its image, and nothing that was said of it.
-            bare = (
-                f"OR (status = '{PURGED_STATUS}' AND (alt_text IS NOT NULL OR shard IS NOT NULL))"
-                if table == "pairs"
-                else ""
-            )
-            sql = f"SELECT count(*) FROM ({rows_of(lake, table, parts)}) WHERE (({said}) {spared}) {bare}"
+            tests = [f'"{name}" IN (SELECT name FROM ids)' for name in columns]
+            tests += [
+                f'"{name}" IN (SELECT name FROM said)' for name in columns if name in _HOLD_TEXTS
+            ]
+            where = " OR ".join(tests)
+            if table == "pairs":
+                is_purged = f"status = '{PURGED_STATUS}'"
+                where = (
+                    f"(({where}) AND NOT {is_purged}) "
+                    f"OR ({is_purged} AND (alt_text IS NOT NULL OR shard IS NOT NULL))"
+                )
+            sql = f"SELECT count(*) FROM ({rows_of(lake, table, parts)}) WHERE {where}"
             rows = con.execute(sql).fetchall()[0][0]
             if rows:
                 proof.rows_left[table] = int(rows)
@@ -165,6 +177,7 @@ def _look_into_tables(
 def _look_into_files(
     lake: Lake, ids: set[str], urls: set[str], texts: set[str], proof: Proof
 ) -> None:
+    long_texts = {text for text in texts if len(text.split()) >= _FEWEST_WORDS}
     for rel in lake.root.list_recursive(""):
         if not _is_searched(rel):
             continue
@@ -176,7 +189,7 @@ def _look_into_files(
         said = {match.decode() for match in _HEX.findall(data)} & ids
         found = (html.unescape(match.decode("utf-8", "replace")) for match in _URL.findall(data))
         said |= {each.rstrip(".,;)") for each in found} & urls
-        said |= _texts_of(rel, data) & texts
+        said |= _texts_of(rel, data) & long_texts
         proof.files_left += [f"{rel} says {each!r}" for each in sorted(said)]
 
 
