@@ -59,7 +59,7 @@ def _purge(options: argparse.Namespace) -> int:
         _show(f"{options.file}, {line}: skipped" for line in request.bad_lines)
         if options.dry_run:
             found = find(lake, request, _around().content_changes)
-            _show(_dry_lines(lake, found.plan, found.already))
+            _show(_dry_lines(lake, found.plan, len(found.already)))
             _write_json(options.json, {"plan": _plan_data(found.plan), "dry_run": True})
             return 0
         done = purge(lake, request, _around())
@@ -117,11 +117,11 @@ def _tell(what: str, done: int, total: int) -> None:
         sys.stderr.write(f"{what}: {total} cleared\n")
 
 
-def _dry_lines(lake: Lake, plan: Plan, already: list[str]) -> Iterator[str]:
+def _dry_lines(lake: Lake, plan: Plan, num_already: int) -> Iterator[str]:
     from storage import layout
 
     if not plan.num_rows:
-        yield f"nothing is left to purge: {len(already)} input rows were purged before"
+        yield f"nothing is left to purge: {num_already:,} input rows were purged before"
         return
     yield f"would purge {_size(plan)}"
     yield from _plan_lines(plan)
@@ -134,7 +134,8 @@ def lines_of(done: Purged) -> Iterator[str]:
     """A finished purge in lines for people."""
     plan = done.plan
     if plan is None:
-        yield f"nothing is left to purge: it was purged before, by {', '.join(done.earlier)}"
+        by = f", by {', '.join(done.earlier)}" if done.earlier else ""
+        yield f"nothing is left to purge: it was purged before{by}"
     else:
         yield f"purged {_size(plan)}: {plan.because}"
         yield from _plan_lines(plan)

@@ -67,7 +67,7 @@ def synthetic(number: int) -> str:
 
 
 def human(number: int) -> list[str]:
-    return [f"a person on {number}", f"another person on {number}"]
+    return [f"a person on {number:03d}", f"another person on {number:03d}"]
 
 
 def write_lake(uri: str) -> Lake:
@@ -96,8 +96,8 @@ def _write_web(lake: Lake, shard: str, numbers: list[int]) -> list[Any]:
         again = _pair(1, "web", url(1), "another text of picture 1") | {"status": "duplicate_url"}
         copy = _pair(2, "web", "http://mirror.test/2.png", "a copy of picture 2")
         dead = _pair(60, "web", "HTTP://MUSEUM.test:80/dead.png", "a dead link")
-        rows += [again, copy | {"status": "duplicate_image"}, dead | {"status": "http_4xx"}]
         again["image_id"] = dead["image_id"] = None
+        rows += [again, copy | {"status": "duplicate_image"}, dead | {"status": "http_4xx"}]
     _store(lake, shard, stored)
     texts = [_caption(n, "web", alt(n)) for n in numbers]
     written = [_caption(n, "synthetic", synthetic(n), round=1) for n in numbers]

@@ -62,13 +62,12 @@ class Matches:
         return int(self._con.execute("SELECT count(*) FROM chosen").fetchall()[0][0])
 
     @property
-    def already(self) -> list[str]:
-        """Keys of rows that are meant and were purged before."""
-        rows = self._con.execute(
-            f"SELECT DISTINCT key FROM listed SEMI JOIN seeds USING (part, key) WHERE status = '{PURGED_STATUS}' "
-            "ORDER BY key"
-        )
-        return [row[0] for row in rows.fetchall()]
+    def already(self) -> pa.Table:
+        """key, url and image_id of rows that are meant and were purged before."""
+        return self._con.sql(
+            "SELECT DISTINCT key, url, image_id FROM listed SEMI JOIN seeds USING (part, key) "
+            f"WHERE status = '{PURGED_STATUS}' ORDER BY ALL"
+        ).to_arrow_table()
 
     def image_ids(self) -> pa.Array:
         """The images, sorted."""

@@ -23,6 +23,7 @@ from storage.fs import explained
 from storage.lake import Lake
 from storage.manifest import Manifest, write_manifest
 from storage.parts_sql import rows_of
+from storage.policy_file import JUDGES_NUMBERS
 from storage.schemas import OK, PURGED_STATUS, TABLES, conform
 from storage.tables import PartRef, file_sha256, iter_part, list_parts, part_manifest, write_rows
 
@@ -164,10 +165,7 @@ def _rebase_once(
     for ref, manifest in parts:
         for old in manifest.purged.get("was", ()):
             known.setdefault(old, {})[ref.round] = manifest.fingerprint
-    judged: dict[int | None, list[str]] = {}
-    for ref, manifest in parts:
-        if ref.table == "judgements":
-            judged.setdefault(ref.round, []).append(manifest.fingerprint)
+    judged = Counter(ref.round for ref, _ in parts if ref.table == "judgements")
     changed = False
     for ref, manifest in parts:
         now = dict(trainsets)
@@ -177,7 +175,7 @@ def _rebase_once(
         basis = _translated(manifest.basis, now)
         if basis == manifest.basis:
             continue
-        basis["inputs"] = _in_order(basis, judged.get(ref.round, ()))
+        basis["inputs"] = _in_order(basis, judged[ref.round])
         after = replace(
             manifest,
             basis=basis,
@@ -204,13 +202,15 @@ def _translated(value: Any, now: Mapping[str, str]) -> Any:
     return value
 
 
-def _in_order(basis: Mapping[str, Any], judged: Iterable[str]) -> list[str]:
-    """Inputs as their stage lists them: what the judge said of a round comes after the texts that were decided on."""
+def _in_order(basis: Mapping[str, Any], num_judged: int) -> list[str]:
+    """Inputs as their stage lists them: for a policy that asks the judge, what it said comes after the texts."""
     inputs: list[str] = basis["inputs"]
     if basis["stage"] not in _SORTED_INPUTS:
         return inputs
-    last = [each for each in inputs if basis["stage"] == "decide" and each in judged]
-    return sorted(each for each in inputs if each not in last) + last
+    params = basis["config"].get("params") if basis["stage"] == "decide" else None
+    asks_judge = bool(set(JUDGES_NUMBERS) & {str(value) for value in (params or {}).values()})
+    place = len(inputs) - (num_judged if asks_judge else 0)
+    return sorted(inputs[:place]) + inputs[place:]
 
 
 def _outcomes(rows: pa.RecordBatch) -> Counter[str]:

@@ -123,8 +123,8 @@ class Found:
     rows: pa.Table
     texts: pa.Table
     image_ids: pa.Array
-    already: list[str]
-    """Keys of rows that were purged before."""
+    already: pa.Table
+    """key, url and image_id of rows that are meant and were purged before."""
 
 
 def find(
@@ -218,7 +218,9 @@ def begun(lake: Lake) -> Found | None:
         rows, texts = (
             _read(lake, layout.purge_work(plan.purge_id, name)) for name in (ROWS, TEXTS)
         )
-    return Found(plan=plan, rows=rows, texts=texts, image_ids=image_ids_of(rows), already=[])
+    return Found(
+        plan=plan, rows=rows, texts=texts, image_ids=image_ids_of(rows), already=rows.slice(0, 0)
+    )
 
 
 def image_ids_of(rows: pa.Table) -> pa.Array:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage import layout
+from storage import addresses, layout
 from storage.catalog import write_catalog
 from storage.errors import ConfigError, CorruptData, PurgeNotClean
 from storage.fingerprint import basis_of
@@ -252,11 +252,19 @@ def _rows_part(lake: Lake, purge_id: str) -> PartRef:
 
 def _proved_again(lake: Lake, found: Found) -> Purged:
     """The proof of what was purged before."""
-    keys = pa.array(found.already, pa.string())
+    known = found.already
+    keys, ids = (known.column(name).combine_chunks() for name in ("key", "image_id"))
+    normal = [addresses.normal(url) for url in known.column("url").to_pylist()]
+    wanted = {
+        "key": keys.cast(pa.string()),
+        "image_id": ids.cast(pa.string()).drop_null(),
+        "address": pa.array([each for each in normal if each is not None], pa.string()),
+    }
     rows = PURGED.empty_table()
     for ref in list_parts(lake, "purged"):
         table = read_part(lake, ref)
-        rows = pa.concat_tables([rows, table.filter(pc.is_in(table.column("key"), value_set=keys))])
+        tests = [pc.is_in(table.column(name), value_set=values) for name, values in wanted.items()]
+        rows = pa.concat_tables([rows, table.filter(pc.or_(pc.or_(*tests[:2]), tests[2]))])
     proof = prove(lake, rows, None, with_scratch=False)
     if not proof.is_clean:
         raise PurgeNotClean(

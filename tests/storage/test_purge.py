@@ -1,6 +1,7 @@
 """An image is taken out of every place of a lake, everything else stays, and the lake goes on as if it had not been there."""
 
 import json
+import shutil
 import threading
 import time
 from collections import Counter
@@ -55,15 +56,20 @@ from storage.why import why
 WHY = "the photographer asked, mail of 2026-11-20"
 
 
-@pytest.fixture(params=["local", "memory"])
-def lake(request: pytest.FixtureRequest, tmp_path: Path) -> Lake:
-    local = request.param == "local"
-    return write_lake(str(tmp_path / "lake") if local else f"memory://{tmp_path.name}/lake")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Lake:
+    return write_lake(str(tmp_path_factory.mktemp("made") / "lake"))
 
 
 @pytest.fixture
-def local(tmp_path: Path) -> Lake:
-    return write_lake(str(tmp_path / "lake"))
+def local(made: Lake, tmp_path: Path) -> Lake:
+    shutil.copytree(made.uri, tmp_path / "lake")
+    return Lake.open(str(tmp_path / "lake"))
+
+
+@pytest.fixture(params=["local", "memory"])
+def lake(request: pytest.FixtureRequest, tmp_path: Path, local: Lake) -> Lake:
+    return local if request.param == "local" else write_lake(f"memory://{tmp_path.name}/lake")
 
 
 def asked(*things: Any, because: str = WHY) -> Request:
@@ -127,20 +133,20 @@ def test_purged_image_is_nowhere_any_more_and_its_row_says_why(lake: Lake) -> No
     assert list(find_damage(lake)) == []
 
 
-def test_manifests_count_what_came_in_and_what_was_purged(lake: Lake) -> None:
-    purge(lake, asked(asked_image(image_id(0))), around())
+def test_manifests_count_what_came_in_and_what_was_purged(local: Lake) -> None:
+    purge(local, asked(asked_image(image_id(0))), around())
     for table, round, reasons in (
         ("pairs", None, {"duplicate_image": 1, "duplicate_url": 1, "http_4xx": 1, "purged": 1}),
         ("captions", 0, {"purged": 1}),
         ("scores", 1, {"purged": 2}),
     ):
-        part = committed_part(lake, table, SHARDS[0], round=round)
-        manifest = part_manifest(lake, part)
+        part = committed_part(local, table, SHARDS[0], round=round)
+        manifest = part_manifest(local, part)
         assert dict(manifest.reasons) == reasons
         assert manifest.num_in == manifest.num_ok + manifest.num_not_ok
         assert manifest.purged["rows"] == reasons["purged"]
-    (decisions,) = list_parts(lake, "decisions")
-    manifest = part_manifest(lake, decisions)
+    (decisions,) = list_parts(local, "decisions")
+    manifest = part_manifest(local, decisions)
     assert manifest.reasons["purged"] == 2
     assert manifest.num_rows + 2 == manifest.num_in
 
@@ -164,21 +170,21 @@ def _parts(lake: Lake) -> list[str]:
     return lake.root.list_recursive(layout.TABLES)
 
 
-def test_training_sets_lose_the_rows_and_models_say_what_they_were_trained_on(lake: Lake) -> None:
-    med, captioner = registry.find(lake, "med", 0), registry.find(lake, "captioner", 1)
-    trained_on = registry.lineage_of(lake, med.model_id)["trained_on"]
-    rows = images_in(lake, trained_on, _ids(0, 1, 2))
+def test_training_sets_lose_the_rows_and_models_say_what_they_were_trained_on(local: Lake) -> None:
+    med, captioner = registry.find(local, "med", 0), registry.find(local, "captioner", 1)
+    trained_on = registry.lineage_of(local, med.model_id)["trained_on"]
+    rows = images_in(local, trained_on, _ids(0, 1, 2))
     assert set(rows) == {image_id(n) for n in (0, 1, 2)}
-    done = purge(lake, asked(asked_image(image_id(0)), asked_image(image_id(1))), around())
+    done = purge(local, asked(asked_image(image_id(0)), asked_image(image_id(1))), around())
     assert [model.model_id for model in done.plan.trained] == [med.model_id]
-    assert not lake.root.exists(layout.trainset(trained_on))
+    assert not local.root.exists(layout.trainset(trained_on))
 
     told = query(
-        lake, "SELECT model_id, purged_images, purged_in_ancestry FROM lineage"
+        local, "SELECT model_id, purged_images, purged_in_ancestry FROM lineage"
     ).to_pylist()
     by_model = {row["model_id"]: (row["purged_images"], row["purged_in_ancestry"]) for row in told}
     assert by_model == {med.model_id: (2, 2), captioner.model_id: (0, 2)}
-    (row,) = query(lake, "SELECT purge_id, because, images, models FROM purges").to_pylist()
+    (row,) = query(local, "SELECT purge_id, because, images, models FROM purges").to_pylist()
     assert row == {
         "purge_id": done.plan.purge_id,
         "because": WHY,
@@ -186,10 +192,10 @@ def test_training_sets_lose_the_rows_and_models_say_what_they_were_trained_on(la
         "models": [med.model_id],
     }
     # The lineage of the images that stay is still known, through the set that took the other's place.
-    (text,) = [t for t in why(lake, url(2))["images"][0]["texts"] if t["source"] == "web"]
+    (text,) = [t for t in why(local, url(2))["images"][0]["texts"] if t["source"] == "web"]
     assert [model["model_id"] for model in text["trained"]] == [med.model_id]
     # And the second purge of a set finds the model too.
-    second = purge(lake, asked(asked_image(image_id(2))), around())
+    second = purge(local, asked(asked_image(image_id(2))), around())
     assert [model.model_id for model in second.plan.trained] == [med.model_id]
 
 
@@ -199,18 +205,18 @@ def _ids(*numbers: int) -> Any:
     return pa.array([image_id(number) for number in numbers])
 
 
-def test_the_same_query_gives_the_training_set_that_a_purge_left(lake: Lake) -> None:
+def test_the_same_query_gives_the_training_set_that_a_purge_left(local: Lake) -> None:
     from storage import build_trainset
 
     sql = "SELECT image_id, caption, source FROM raw"
-    built = build_trainset(lake, sql, name="again")
-    purge(lake, asked(asked_image(image_id(0))), around())
-    record = json.loads(lake.root.read_bytes(layout.trainset_successor(built.fingerprint)))
-    after = build_trainset(lake, sql, name="again")
+    built = build_trainset(local, sql, name="again")
+    purge(local, asked(asked_image(image_id(0))), around())
+    record = json.loads(local.root.read_bytes(layout.trainset_successor(built.fingerprint)))
+    after = build_trainset(local, sql, name="again")
     assert after.fingerprint == record["successor"]
     assert after.num_rows == built.num_rows - 1
-    part = committed_part(lake, "metrics", "train-web", round=1)
-    assert part_manifest(lake, part).inputs == (after.fingerprint,)
+    part = committed_part(local, "metrics", "train-web", round=1)
+    assert part_manifest(local, part).inputs == (after.fingerprint,)
 
 
 def test_every_copy_of_a_picture_and_every_row_of_its_addresses_goes(local: Lake) -> None:
