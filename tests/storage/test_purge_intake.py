@@ -11,7 +11,10 @@ from storage.intake.url_list import UrlListConfig
 from storage.lake import Lake
 from storage.purge import Request, asked_host, asked_image, asked_url, purge
 
-FIRST = [(f"ok{number}.jpg", f"picture {number}") for number in range(20, 26)]
+FIRST = [
+    *[(f"ok{number}.jpg", f"picture {number}") for number in range(20, 26)],
+    ("http://img.away.test/gone.jpg", "a dead link of a host"),
+]
 
 
 def rows_of_round(lake: Lake, shard: str) -> list[dict[str, object]]:
@@ -41,14 +44,6 @@ def later(
         asked_url("HTTP://Pictures.test:80/ok20.jpg#x"),
         asked_image(ids.image_id(jpeg(21))),
         asked_host("away.test"),
-    )
-    dead = [("http://img.away.test/gone.jpg", "a dead link of a host"), *FIRST]
-    ingest_urls(
-        lake,
-        UrlListConfig(path=str(write_list(folder / "dead.parquet", dead))),
-        config,
-        round=1,
-        position=1,
     )
     purge(lake, Request(asked=asked, because="asked by mail"))
     again = ingest_urls(lake, first, config, round=1)

@@ -19,8 +19,18 @@ from storage.tables import part_manifest, read_part
 KILLER = Path(__file__).with_name("purge_killer.py")
 ROOT = KILLER.parents[2]
 HOST = "museum.test"
-MOMENTS = ((3, "after"), (4, "after"), (9, "before"), (14, "after"), (19, "before"), (26, "after"), (31, "before"), (60, "after"))  # fmt: skip
-"""Moves of each attempt after which it is killed: each goes on from where the one before it was."""
+MOMENTS = (
+    (2, "after"),
+    (3, "before"),
+    (5, "after"),
+    (7, "before"),
+    (8, "after"),
+    (9, "before"),
+    (6, "after"),
+    (8, "before"),
+    (5, "after"),
+)
+"""The move of each attempt at which it is killed: each goes on from where the one before it was."""
 
 
 def attempt(lake: Lake, nth: int, when: str) -> subprocess.CompletedProcess[str]:
@@ -73,20 +83,15 @@ def readers_are_served(lake: Lake) -> None:
 def test_killed_again_and_again_a_purge_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     whole, lake = (write_lake(str(tmp_path / name)) for name in ("whole", "killed"))
     purge(whole, Request(asked=(asked_host(HOST),), because="undisturbed"), around())
-    num_killed = 0
     for nth, when in MOMENTS:
         done = attempt(lake, nth, when)
-        if done.returncode == 0:
-            break
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-        num_killed += 1
         readers_are_served(lake)
         if lake.root.exists("purges/begun.json"):
             with pytest.raises(PurgeUnfinished), lake.lock("bootstrap"):
                 pass
-    assert num_killed >= 6
-    if done.returncode:
-        done = attempt(lake, 10**6, "after")
+    done = attempt(lake, 10**6, "after")
+    assert int(done.stdout) < 30, "most of it had been done by then"
     assert done.returncode == 0, done.stderr[-2000:]
     assert state(lake) == state(whole)
     assert said_of(lake, alt(0)) == []
