@@ -7,7 +7,7 @@ the lake as it is, and of the lake without the images.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
 
 import duckdb
 import pyarrow as pa
@@ -88,33 +88,39 @@ def _of_heldout(lake: Lake, hide: Hide) -> Iterator[Change]:
                 most = manifest.basis["config"].get("max_images")
                 measured.setdefault(most, []).append(part.path)
     for most, paths in measured.items():
-        before, after = _twice(
-            lake, None, hide, lambda con, most=most: heldout_inputs(held_out_of(con, most))
-        )
-        for old, new in zip(before, after, strict=True):
-            yield from ((path, old, new) for path in paths)
+        old, new = _twice(lake, None, hide, partial(_heldout, most))
+        yield from ((path, old, new) for path in paths)
 
 
 def _of_audit(lake: Lake, round: int, hide: Hide) -> Iterator[Change]:
     """Canaries are made of the human images set aside and of what people say; the judge sees a sample of the texts."""
     for part in list_parts(lake, "canaries", round):
-        for of, seen in (
-            (lambda con: [canaries.images_input(canaries.canary_images_of(con))], round),
-            (lambda con: [canaries.texts_input(canaries.human_texts(con))], None),
-        ):
-            (old,), (new,) = _twice(lake, seen, hide, of)
-            yield part.path, old, new
+        yield part.path, *_twice(lake, round, hide, _canary_images)
+        yield part.path, *_twice(lake, None, hide, _human_texts)
     for part in list_parts(lake, "judgements", round):
         for each in _sample_sizes(lake, part):
-            (old,), (new,) = _twice(
-                lake,
-                round,
-                hide,
-                lambda con, each=each: [judge.sample_input(judge.sample_of(con, round, 2 * each))],
-            )
+            old, new = _twice(lake, round, hide, partial(_sample, round, each))
             if old in part_manifest(lake, part).inputs:
                 yield part.path, old, new
                 break
+
+
+def _heldout(most: int | None, con: duckdb.DuckDBPyConnection) -> str:
+    (found,) = heldout_inputs(held_out_of(con, most))
+    return found
+
+
+def _canary_images(con: duckdb.DuckDBPyConnection) -> str:
+    return canaries.images_input(canaries.canary_images_of(con))
+
+
+def _human_texts(con: duckdb.DuckDBPyConnection) -> str:
+    return canaries.texts_input(canaries.human_texts(con))
+
+
+def _sample(round: int, each: int, con: duckdb.DuckDBPyConnection) -> str:
+    """Of `each` texts of every source."""
+    return judge.sample_input(judge.sample_of(con, round, 2 * each))
 
 
 def _sample_sizes(lake: Lake, part: PartRef) -> range:
@@ -126,11 +132,8 @@ def _sample_sizes(lake: Lake, part: PartRef) -> range:
 
 
 def _twice(
-    lake: Lake,
-    as_of: int | None,
-    hide: Hide,
-    ask: Callable[[duckdb.DuckDBPyConnection], Any],
-) -> tuple[Any, Any]:
+    lake: Lake, as_of: int | None, hide: Hide, ask: Callable[[duckdb.DuckDBPyConnection], str]
+) -> tuple[str, str]:
     """What is found with the images and without them."""
     with connect(lake, as_of=as_of) as con:
         before = ask(con)

@@ -275,9 +275,9 @@ def write_rows(path: Path, table: str, batches: Iterable[pa.RecordBatch]) -> int
             held += batch.num_rows
             num_rows += batch.num_rows
             while held >= ROW_GROUP_ROWS:
-                table = pa.Table.from_batches(pending).combine_chunks()
-                writer.write_table(table.slice(0, ROW_GROUP_ROWS).cast(schema), ROW_GROUP_ROWS)
-                pending = table.slice(ROW_GROUP_ROWS).to_batches()
+                rows = pa.Table.from_batches(pending).combine_chunks()
+                writer.write_table(rows.slice(0, ROW_GROUP_ROWS).cast(schema), ROW_GROUP_ROWS)
+                pending = rows.slice(ROW_GROUP_ROWS).to_batches()
                 held -= ROW_GROUP_ROWS
         if held or not num_rows:
             rest = pa.Table.from_batches(pending) if pending else schema.empty_table()

@@ -44,21 +44,22 @@ Edit = Callable[[pa.RecordBatch], tuple[pa.RecordBatch, Counter[str]]]
 
 
 def rows_by_part(
-    lake: Lake, table: str, image_ids: pa.Array, planted: Iterable[str] = ()
-) -> dict[str, int]:
-    """Rows of some images in a table by the path of the part; of `canaries` also those of texts in `planted`."""
-    parts = list_parts(lake, table)
-    if not parts:
-        return {}
+    lake: Lake, image_ids: pa.Array, planted: Iterable[str] = ()
+) -> dict[str, dict[str, int]]:
+    """By table, rows of some images by the path of their part; of `canaries` also those of texts in `planted`."""
+    found: dict[str, dict[str, int]] = {}
     with catalog.connect_bare(lake) as con:
         con.register("wanted", pa.table({"image_id": image_ids}))
         con.register("planted", pa.table({"caption_id": pa.array(list(planted), pa.string())}))
-        texts = "OR caption_id IN (FROM planted)" if table == "canaries" else ""
-        found = con.execute(
-            f"SELECT part, count(*) FROM ({rows_of(lake, table, parts, named=True)}) "
-            f"WHERE image_id IN (FROM wanted) {texts} GROUP BY part ORDER BY part"
-        ).fetchall()
-    return {str(path): int(rows) for path, rows in found}
+        for table in WITH_IMAGES:
+            parts = list_parts(lake, table)
+            texts = "OR caption_id IN (FROM planted)" if table == "canaries" else ""
+            rows = con.execute(
+                f"SELECT part, count(*) FROM ({rows_of(lake, table, parts, named=True)}) "
+                f"WHERE image_id IN (FROM wanted) {texts} GROUP BY part ORDER BY part"
+            ).fetchall()
+            found[table] = {str(path): int(number) for path, number in rows}
+    return found
 
 
 def without_images(image_ids: pa.Array, planted: Iterable[str] = ()) -> Edit:

@@ -159,7 +159,8 @@ def find(
         num_rows, already = matches.num_rows, matches.already
     models = trained_on(lake, ids)
     rows = _rows(chosen, models.by_image())
-    tables = {name: sum(rows_by_part(lake, name, ids, planted).values()) for name in WITH_IMAGES}
+    by_part = rows_by_part(lake, ids, planted)
+    tables = {name: sum(rows.values()) for name, rows in by_part.items()}
     changes: dict[str, dict[str, str]] = {}
     for path, old, new in _changes(lake, ids, content_changes):
         if old != new:
@@ -202,16 +203,12 @@ def begun(lake: Lake) -> Found | None:
         record: dict[str, Any] = json.loads(lake.root.read_bytes(layout.PURGE_BEGUN))
     except FileNotFoundError:
         return None
-    plan = Plan(
-        **{
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in record.items()
-        }
-        | {
-            "trained": tuple(TrainedOn(**each) for each in record["trained"]),
-            "look_alikes": tuple(tuple(pair) for pair in record["look_alikes"]),
-        }
-    )
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in record.items()
+    }
+    fields["trained"] = tuple(TrainedOn(**each) for each in record["trained"])
+    fields["look_alikes"] = tuple(tuple(pair) for pair in record["look_alikes"])
+    plan = Plan(**fields)
     if lake.root.exists(layout.purge_record(plan.purge_id)):  # finished, and killed just after
         rows, texts = ROWS_SCHEMA.empty_table(), pa.table({"text": pa.array([], pa.string())})
     else:

@@ -17,7 +17,6 @@ from storage.fingerprint import basis_of
 from storage.lake import Lake
 from storage.purge import scratch
 from storage.purge.parts import (
-    WITH_IMAGES,
     edit_part,
     rebase,
     rows_by_part,
@@ -178,8 +177,7 @@ def _clear_tables(lake: Lake, found: Found, around: Around) -> None:
         if len(keys) and _is_unpurged(lake, ref, keys):
             edits.append((ref, with_outcome(keys, plan.because)))
     drop = without_images(found.image_ids, plan.planted)
-    for table in WITH_IMAGES:
-        concerned = rows_by_part(lake, table, found.image_ids, plan.planted)
+    for table, concerned in rows_by_part(lake, found.image_ids, plan.planted).items():
         edits += [(ref, drop) for ref in list_parts(lake, table) if ref.path in concerned]
     for number, (ref, edit) in enumerate(edits, start=1):
         edit_part(lake, ref, edit)
