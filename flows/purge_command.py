@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from storage import Lake
     from storage.purge import Plan, Proof, Purged, Request
 
+SHOWN = 3
+"""Pictures that look the same: that many are named."""
 EXPORTS = (
     "exports are folders outside the lake and are not recorded in it: what they hold of this cannot be called back from "
     "here. The same export to the same folder now says that it is stale"
@@ -173,8 +175,10 @@ def _plan_lines(plan: Plan) -> Iterator[str]:
         yield f"reports    written anew: rounds {', '.join(map(str, plan.reports))}"
     for name in plan.scratch:
         yield f"scratch    thrown away: {name}"
-    for image_id, url in plan.look_alikes:
+    for image_id, url in plan.look_alikes[:SHOWN]:
         yield f"stays      {image_id} looks the same and has other bytes: {url}"
+    if len(plan.look_alikes) > SHOWN:
+        yield "stays      and more that look the same: --json FILE lists some"
 
 
 def _proof_lines(proof: Proof) -> Iterator[str]:

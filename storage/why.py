@@ -1,5 +1,6 @@
 """Everything known of one image, text or address: where it came from, what was said of it, decided, and trained on."""
 
+import json
 import re
 from bisect import bisect_left
 from typing import Any
@@ -39,6 +40,10 @@ SELECT d.caption_id, d.round, d.policy, d.params, d.generation, d.kept, d.reason
     a.generation IS NOT NULL AS counts
 FROM decisions d LEFT JOIN active_policies a USING (round, generation)
 WHERE d.image_id = $id ORDER BY d.round, d.generation
+"""
+_PURGED = """
+SELECT purge_id, because, purged_at, any_value(models) AS models FROM purged
+WHERE image_id = $id GROUP BY ALL ORDER BY purged_at
 """
 _MODELS = """
 SELECT model_id, any_value(role) AS role, min(round) AS round, any_value(trained_on) AS trained_on
@@ -112,6 +117,9 @@ def _image(
     return {
         "image_id": image_id,
         "held_back": bool(reserved[0][0]),
+        "purged": [
+            row | {"models": json.loads(row["models"])} for row in _ask(con, _PURGED, image_id)
+        ],
         "texts": texts,
         "models_looked_at": len(models),
         "training_sets_gone": [model["model_id"] for model, rows in trained if rows is None],

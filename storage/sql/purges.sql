@@ -8,7 +8,7 @@ SELECT
         FILTER (WHERE asked NOT LIKE 'the %')                              AS asked,
     count(*)                                                               AS rows,
     count(DISTINCT image_id)                                               AS images,
-    coalesce(sum(size), 0)                                                 AS bytes,
+    CAST(coalesce(sum(size), 0) AS BIGINT)                                 AS bytes,
     list_sort(list_distinct(flatten(list(from_json(models, '["VARCHAR"]'))))) AS models
 FROM purged
 GROUP BY purge_id
