@@ -265,7 +265,7 @@ def _repair(options: argparse.Namespace) -> int:
     from storage.repair import repair
 
     lake = Lake.open(find_lake(options.lake))
-    with lake.lock("repair"):
+    with lake.lock("repair", half_purged=True):
         dropped = repair(lake)
     for damage in dropped:
         console.print(f"dropped {damage.path}: {damage.why}", highlight=False)

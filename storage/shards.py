@@ -112,10 +112,10 @@ def iter_shard(lake: Lake, name: str) -> Iterator[Sample]:
             for member in tar:
                 key, _, ext = member.name.partition(".")
                 data = _member_bytes(tar, member)
-                if data and not data.strip(b"\0"):  # purged: zeros in its place
-                    image = None
-                elif ext != "json":
+                if ext != "json":
                     image = (key, ext, data)
+                elif not data.strip(b"\0"):  # purged: zeros in the place of both
+                    image = None
                 elif image is not None and image[0] == key:
                     yield Sample(key=key, image=image[2], ext=image[1], meta=json.loads(data))
                     image = None

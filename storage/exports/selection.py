@@ -129,10 +129,12 @@ def withheld_sql() -> str:
 def opted_out_sql() -> str:
     """SQL of (image_id): images whose owner has objected since they were taken in.
 
-    An address that was found opted out takes along the image that an earlier intake had from it. A purge of
-    the lake that learns of objections in another way belongs here.
+    An address that was found opted out takes along the image that an earlier intake had from it. What was purged is
+    not in the lake any more; should a program that knows of no purges have brought it back, it stays out all the same.
     """
     return """
+    SELECT image_id FROM purged WHERE image_id IS NOT NULL
+    UNION
     SELECT image_id FROM pairs
     WHERE image_id IS NOT NULL
       AND (status = 'opted_out' OR url IN (SELECT url FROM pairs WHERE status = 'opted_out'))

@@ -84,7 +84,7 @@ def purge(lake: Lake, request: Request, around: Around | None = None) -> Purged:
     when nothing matches, PurgeNotClean when something is left.
     """
     around = around or Around()
-    with lake.lock("purge", to_purge=True):
+    with lake.lock("purge", half_purged=True):
         finished = _finish_begun(lake, around)
         found = find(lake, request, around.content_changes)
         if found.plan.num_rows:
@@ -97,7 +97,7 @@ def purge(lake: Lake, request: Request, around: Around | None = None) -> Purged:
 
 def resume(lake: Lake, around: Around | None = None) -> Purged | None:
     """Finish the purge that was begun; None when there is none."""
-    with lake.lock("purge", to_purge=True):
+    with lake.lock("purge", half_purged=True):
         return _finish_begun(lake, around or Around())
 
 
