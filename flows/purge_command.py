@@ -62,12 +62,12 @@ def _purge(options: argparse.Namespace) -> int:
         if options.dry_run:
             found = find(lake, request, _around().content_changes)
             _show(_dry_lines(lake, found.plan, len(found.already)))
-            _write_json(options.json, {"plan": _plan_data(found.plan), "dry_run": True})
+            _write_json(options.json, {"dry_run": True, "plan": _plan_data(found.plan)}, found.rows)
             return 0
         done = purge(lake, request, _around())
         _show(lines_of(done))
     if done is not None:
-        _write_json(options.json, data_of(done))
+        _write_json(options.json, data_of(done), done.rows)
     return 0
 
 
@@ -211,17 +211,21 @@ def _plan_data(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path | None, data: dict[str, Any]) -> None:
+def _write_json(path: Path | None, data: dict[str, Any], rows: Any) -> None:
+    """`data` as one object, with all images of `rows` in it, one a line."""
     from storage import ConfigError
+    from storage.purge import images_of
 
     if path is None:
         return
     try:
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        with path.open("w", encoding="utf-8") as f:
+            f.write(json.dumps(data, indent=2).removesuffix("\n}") + ',\n  "images": [')
+            for number, image in enumerate(images_of(rows)):
+                f.write(f"{',' if number else ''}\n    {json.dumps(image)}")
+            f.write("\n  ]\n}\n")
     except OSError as err:
-        raise ConfigError(
-            f"{path} cannot be written ({err}); the purge itself is recorded in the lake"
-        ) from err
+        raise ConfigError(f"{path} cannot be written ({err}); name another file") from err
 
 
 def _show(lines: Any) -> None:

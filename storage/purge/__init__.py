@@ -5,7 +5,7 @@ all back.
 """
 
 from storage.purge.plan import Found, Plan, find
-from storage.purge.proof import Proof
+from storage.purge.proof import Proof, images_of
 from storage.purge.request import Request, asked_host, asked_image, asked_url, read_list
 from storage.purge.run import Around, Purged, purge, resume
 
@@ -20,6 +20,7 @@ __all__ = [
     "asked_image",
     "asked_url",
     "find",
+    "images_of",
     "purge",
     "read_list",
     "resume",

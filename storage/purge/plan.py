@@ -258,11 +258,19 @@ def _changes(
 
 def _rows(chosen: pa.Table, models: Mapping[str, list[str]]) -> pa.Table:
     """The chosen rows with their addresses in normal form, and the models that were trained on their images."""
-    normal = [addresses.normal(url) for url in chosen.column("url").to_pylist()]
-    of_image = [json.dumps(models.get(each, [])) for each in chosen.column("image_id").to_pylist()]
-    table = chosen.append_column("address", pa.array(normal, pa.string()))
-    table = table.append_column("models", pa.array(of_image, pa.string()))
-    return table.select(ROWS_SCHEMA.names).cast(ROWS_SCHEMA)
+    batches = []
+    for batch in chosen.to_batches(max_chunksize=10_000):
+        normal = [addresses.normal(url) for url in batch.column("url").to_pylist()]
+        ids = batch.column("image_id").to_pylist()
+        added = {
+            "address": pa.array(normal, pa.string()),
+            "models": pa.array([json.dumps(models.get(each, [])) for each in ids], pa.string()),
+        }
+        arrays = [
+            added[name] if name in added else batch.column(name) for name in ROWS_SCHEMA.names
+        ]
+        batches.append(pa.RecordBatch.from_arrays(arrays, ROWS_SCHEMA.names).cast(ROWS_SCHEMA))
+    return pa.Table.from_batches(batches, ROWS_SCHEMA)
 
 
 def _reports(lake: Lake) -> tuple[int, ...]:

@@ -7,13 +7,14 @@ in them.
 import html
 import json
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from storage import catalog, layout
 from storage.lake import Lake
@@ -63,8 +64,6 @@ class Proof:
     files_left: list[str] = field(default_factory=list)
     """Files that name an image, an address or a text, and which."""
     work_left: list[str] = field(default_factory=list)
-    images: list[dict[str, Any]] = field(default_factory=list)
-    """By image: its rows, its places, the models that were trained on it."""
 
     @property
     def is_clean(self) -> bool:
@@ -96,14 +95,10 @@ def prove(
         num_images=len(ids),
         num_rows=len(rows),
         num_texts=None if known_texts is None else len(known_texts),
-        images=_images(rows),
     )
     # Names of files that people captioned are no addresses: other sets may have the same.
-    urls = {
-        row["url"]
-        for row in rows.select(["pool", "url"]).to_pylist()
-        if row["pool"] == "web" and row["url"]
-    }
+    web = rows.filter(pc.equal(rows.column("pool"), "web")).column("url")
+    urls = set(web.drop_null().unique().to_pylist())
     _look_into_shards(lake, rows, proof)
     _look_into_tables(lake, ids, urls, known_texts or set(), proof)
     for fingerprint in stored_sets(lake):
@@ -116,17 +111,39 @@ def prove(
     return proof
 
 
-def places_by_shard(rows: pa.Table) -> dict[str, list[Place]]:
-    """Where the images of some rows lay, in the order of their shards."""
-    found: dict[str, list[Place]] = defaultdict(list)
-    for row in rows.select(["shard", "offset", "size"]).to_pylist():
-        if row["shard"] is not None:
-            found[row["shard"]].append((row["offset"], row["size"]))
-    return {shard: sorted(set(found[shard])) for shard in sorted(found)}
+def places_by_shard(rows: pa.Table) -> Iterator[tuple[str, list[Place]]]:
+    """Where the images of some rows lay, shard by shard."""
+    stored = rows.filter(pc.is_valid(rows.column("shard"))).sort_by("shard")
+    places = _records(stored.select(["shard", "offset", "size"]))
+    for shard, group in groupby(places, key=lambda row: str(row["shard"])):
+        yield shard, sorted({(row["offset"], row["size"]) for row in group})
+
+
+def images_of(rows: pa.Table) -> Iterator[dict[str, Any]]:
+    """Image by image (rows of which none came last): its rows, where it lay, the models that were trained on it."""
+    columns = ["pool", "key", "url", "image_id", "shard", "offset", "size", "asked", "models"]
+    records = _records(rows.select(columns).sort_by("image_id"))
+    for image_id, group in groupby(records, key=lambda row: row["image_id"]):
+        of_image = list(group)
+        yield {
+            "image_id": image_id,
+            "rows": [{n: row[n] for n in ("pool", "key", "url", "asked")} for row in of_image],
+            "places": [
+                {n: row[n] for n in ("shard", "offset", "size")}
+                for row in of_image
+                if row["shard"] is not None
+            ],
+            "models": json.loads(of_image[0]["models"] or "[]"),
+        }
+
+
+def _records(table: pa.Table) -> Iterator[dict[str, Any]]:
+    for batch in table.to_batches(max_chunksize=10_000):
+        yield from batch.to_pylist()
 
 
 def _look_into_shards(lake: Lake, rows: pa.Table, proof: Proof) -> None:
-    for shard, images in places_by_shard(rows).items():
+    for shard, images in places_by_shard(rows):
         path = layout.shard(shard)
         if not lake.root.exists(path):
             proof.shards_gone.append(shard)
@@ -226,24 +243,3 @@ def _strings(value: Any) -> Iterable[str]:
     elif isinstance(value, list):
         for item in value:
             yield from _strings(item)
-
-
-def _images(rows: pa.Table) -> list[dict[str, Any]]:
-    """By image (or by row where none had come): what was purged, as data."""
-    by_image: dict[str, dict[str, Any]] = {}
-    columns = ["pool", "key", "url", "image_id", "shard", "offset", "size", "asked", "models"]
-    for row in rows.select(columns).to_pylist():
-        name = row["image_id"] or f"row {row['key']}"
-        image = by_image.setdefault(
-            name,
-            {
-                "image_id": row["image_id"],
-                "rows": [],
-                "places": [],
-                "models": json.loads(row["models"] or "[]"),
-            },
-        )
-        image["rows"].append({each: row[each] for each in ("pool", "key", "url", "asked")})
-        if row["shard"] is not None:
-            image["places"].append({each: row[each] for each in ("shard", "offset", "size")})
-    return list(by_image.values())

@@ -57,6 +57,8 @@ class Purged:
     plan: Plan | None
     """None when everything that was asked for had been purged before."""
     proof: Proof
+    rows: pa.Table
+    """The rows of `purged`."""
     earlier: tuple[str, ...] = ()
     """Purges that had taken it out before."""
     reports_removed: tuple[int, ...] = ()
@@ -124,10 +126,9 @@ def _finish(lake: Lake, found: Found, around: Around) -> Purged:
     _clear_tables(lake, found, around)
     rebase(lake, plan.content, trainsets)
     _mend_intakes(lake)
-    places = places_by_shard(found.rows)
-    for number, (shard, images) in enumerate(places.items(), start=1):
+    for number, (shard, images) in enumerate(places_by_shard(found.rows), start=1):
         blank(lake, shard, images)
-        around.tell("shards", number, len(places))
+        around.tell("shards", number, len(plan.shards))
     removed = _clear_reports(lake, plan, around)
     _commit_rows(lake, found)
     if lake.root.exists(layout.CATALOG):
@@ -145,7 +146,7 @@ def _finish(lake: Lake, found: Found, around: Around) -> Purged:
     lake.root.write_bytes(layout.purge_record(plan.purge_id), json.dumps(record, indent=1).encode())
     _close(lake, plan)
     logger.info("purge %s is finished: %d images", plan.purge_id, plan.num_images)
-    return Purged(plan=plan, proof=proof, reports_removed=tuple(removed))
+    return Purged(plan=plan, proof=proof, rows=rows, reports_removed=tuple(removed))
 
 
 def _close(lake: Lake, plan: Plan) -> None:
@@ -269,5 +270,8 @@ def _proved_again(lake: Lake, found: Found) -> Purged:
             f"{lake.uri} holds something again that was purged: {'; '.join(proof.findings()[:5])}"
         )
     return Purged(
-        plan=None, proof=proof, earlier=tuple(rows.column("purge_id").unique().to_pylist())
+        plan=None,
+        proof=proof,
+        rows=rows,
+        earlier=tuple(rows.column("purge_id").unique().to_pylist()),
     )

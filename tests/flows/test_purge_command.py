@@ -70,7 +70,7 @@ def _nothing_is_left(purged: FinishedCycle, told: dict) -> None:
     """Looked for by other means than the proof's own."""
     lake = Lake.open(str(purged.lake), read_only=True)
     url, *_ = json.loads((purged.lake.parent / "chosen.json").read_text())
-    ids = {image["image_id"] for image in told["proof"]["images"]} - {None}
+    ids = {image["image_id"] for image in told["images"]} - {None}
     assert len(ids) == len(CHOSEN)
     wanted = {"ids": sorted(ids)}
     for table in (
@@ -90,7 +90,7 @@ def _nothing_is_left(purged: FinishedCycle, told: dict) -> None:
     assert {(row["status"], row["reason"], row["shard"], row["alt_text"]) for row in rows} == {
         ("purged", WHY, None, None)
     }
-    for image in told["proof"]["images"]:
+    for image in told["images"]:
         for place in image["places"]:
             data = lake.root.read_range(
                 layout.shard(place["shard"]), place["offset"], place["size"]

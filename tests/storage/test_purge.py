@@ -41,6 +41,7 @@ from storage.purge import (
     asked_image,
     asked_url,
     find,
+    images_of,
     purge,
     read_list,
     resume,
@@ -232,7 +233,7 @@ def test_every_copy_of_a_picture_and_every_row_of_its_addresses_goes(local: Lake
         (url(1), "duplicate_url"),
     }
     held_out = purge(local, asked(asked_image(image_id(4))), around())
-    assert {row["pool"] for row in held_out.proof.images[0]["rows"]} == {"web", "heldout"}
+    assert {row["pool"] for row in next(images_of(held_out.rows))["rows"]} == {"web", "heldout"}
     assert said_of(local, human(4)[0]) == []
     assert said_of(local, alt(4)) == []
 
@@ -261,7 +262,7 @@ def test_purged_heldout_image_has_no_rank_and_is_never_evaluated_on(local: Lake)
 
 def test_host_takes_its_subdomains_and_no_other(local: Lake) -> None:
     done = purge(local, asked(asked_host("Museum.TEST.")), around())
-    named = {row["url"] for image in done.proof.images for row in image["rows"]}
+    named = {row["url"] for image in images_of(done.rows) for row in image["rows"]}
     assert named == {
         *(url(number) for number in (0, 2, 4, 6, 8)),
         "HTTP://MUSEUM.test:80/dead.png",
