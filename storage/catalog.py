@@ -24,6 +24,7 @@ from storage.generations import active_generation
 from storage.lake import Lake
 from storage.parts_sql import quoted, rows_of
 from storage.schemas import TABLES
+from storage.steady import steadily
 from storage.tables import PartRef, list_parts
 
 T = TypeVar("T")
@@ -123,7 +124,7 @@ def query(
     Raises QueryRefused when the text is not exactly one statement that only reads, touches files
     outside the lake, or fails.
     """
-    batches = list(stream(lake, sql, params, memory_limit, threads))
+    batches = steadily(lake, lambda: list(stream(lake, sql, params, memory_limit, threads)))
     return pa.Table.from_batches(batches[1:], schema=batches[0].schema)
 
 
@@ -134,7 +135,10 @@ def stream(
     memory_limit: str = "2GB",
     threads: int | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """`query`, some rows at a time: an empty batch with the schema, then the rows."""
+    """`query`, some rows at a time: an empty batch with the schema, then the rows.
+
+    A purge that replaces a part while rows are being handed out ends it with QueryRefused; `query` asks again.
+    """
     con = fenced(lake, memory_limit, threads)
     try:
         checked_statement(con, sql)

@@ -14,6 +14,7 @@ from storage.errors import ConfigError
 from storage.lake import Lake
 from storage.parts_sql import rows_of
 from storage.schemas import OK
+from storage.steady import steadily
 from storage.tables import committed_part
 
 MOST_IMAGES = 20
@@ -57,6 +58,10 @@ def why(lake: Lake, asked: str, memory_limit: str = "2GB") -> dict[str, Any]:
     `rows` are the input rows that are meant, `images` the images they gave, each with its texts. Raises
     ConfigError when nothing of that name is in the lake.
     """
+    return steadily(lake, lambda: _why(lake, asked, memory_limit))
+
+
+def _why(lake: Lake, asked: str, memory_limit: str) -> dict[str, Any]:
     with catalog.connect(lake, memory_limit) as con:
         caption_id, rows = None, []
         if by_id := bool(_ID.fullmatch(asked)):
