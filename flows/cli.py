@@ -16,6 +16,7 @@ from flows import (
     decide_command,
     exports,
     ingest_command,
+    purge_command,
     round_commands,
     sql_command,
     sweep_command,
@@ -91,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     why_command.register(commands, _command)
     sql_command.register(commands, _command)
     round_commands.register(commands, _command)
+    purge_command.register(commands, _command)
     compare_command.register(commands, _command, _settings_options)
     repair = _command(
         commands, "repair", "check every committed file, drop what is damaged", _repair
@@ -268,7 +270,7 @@ def _repair(options: argparse.Namespace) -> int:
     from storage.repair import repair
 
     lake = Lake.open(find_lake(options.lake))
-    with lake.lock("repair"):
+    with lake.lock("repair", half_purged=True):
         dropped = repair(lake)
     for damage in dropped:
         console.print(f"dropped {damage.path}: {damage.why}", highlight=False)

@@ -41,6 +41,7 @@ def _sql(options: argparse.Namespace) -> int:
     from flows.terminal import fail, print_rows, rows_of
     from storage import Lake, query
     from storage.catalog import stream
+    from storage.steady import steadily
 
     lake = Lake.open(find_lake(options.lake), read_only=True)
     limits = {"memory_limit": options.memory_limit, "threads": options.threads}
@@ -51,7 +52,10 @@ def _sql(options: argparse.Namespace) -> int:
     try:
         if options.out:
             path = _writable(Path(options.out), lake)
-            num_rows = write_answer(stream(lake, options.query, **limits), path, options.format)
+            num_rows = steadily(
+                lake,
+                lambda: write_answer(stream(lake, options.query, **limits), path, options.format),
+            )
             sys.stderr.write(f"{num_rows} rows: {path}\n")
         elif options.format == "parquet":
             raise SettingsError("--format parquet needs --out FILE: it is no text to print")

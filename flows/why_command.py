@@ -67,6 +67,11 @@ def _image_lines(image: dict[str, Any]) -> list[str]:
         lines.append(
             "  held back: models are measured or filters audited with it, and none is trained on it"
         )
+    for purge in image["purged"]:
+        models = ", ".join(model_id[:8] for model_id in purge["models"]) or "no model"
+        lines.append(
+            f"  purged    {purge['purged_at']} by {purge['purge_id']}; trained on it before: {models}"
+        )
     for text in image["texts"]:
         lines.append(f"{text['source']} text {text['caption_id']}")
         lines.append(f"  says      {text['caption']!r}")

@@ -69,7 +69,7 @@ def draw_canaries(
         "canary-draw",
         STAGE_VERSION,
         {"share": draw.share, "max_images": draw.max_images, "seed": draw.seed},
-        [fingerprint("human-images", 1, {"image_ids": new}, [])],
+        [human_images_input(new)],
     )
     known = committed_part(lake, "canary_draws", PART, round=round, basis=basis, on_stale=on_stale)
     if known is not None:
@@ -86,6 +86,11 @@ def draw_canaries(
         }
     )
     return commit_part(lake, "canary_draws", PART, rows, round=round, basis=basis)
+
+
+def human_images_input(image_ids: list[str]) -> str:
+    """What a draw from some images is made of."""
+    return fingerprint("human-images", 1, {"image_ids": image_ids}, [])
 
 
 def images_needed(half_width: float, share: float = 0.5) -> int:

@@ -24,6 +24,7 @@ from storage.generations import active_generation
 from storage.lake import Lake
 from storage.parts_sql import quoted, rows_of
 from storage.schemas import TABLES
+from storage.steady import steadily
 from storage.tables import PartRef, list_parts
 
 T = TypeVar("T")
@@ -40,6 +41,7 @@ VIEWS = (
     "raw",
     "funnel",
     "noise",
+    "purges",
     "lineage",
     "round_costs",
     "compare_rounds",
@@ -63,10 +65,18 @@ def connect(
 
     With `as_of`, a round: over what that round and those before it took in and made.
     """
+    con = connect_bare(lake, memory_limit, threads)
+    create_views(con, lake, as_of=as_of)
+    return con
+
+
+def connect_bare(
+    lake: Lake, memory_limit: str = "2GB", threads: int | None = None
+) -> duckdb.DuckDBPyConnection:
+    """`connect` without any view: for SQL over parts that are named one by one."""
     con = duckdb.connect(config=_config(lake, memory_limit, threads))
     if not lake.root.is_local:
         con.register_filesystem(lake.root.fs)
-    create_views(con, lake, as_of=as_of)
     return con
 
 
@@ -114,7 +124,7 @@ def query(
     Raises QueryRefused when the text is not exactly one statement that only reads, touches files
     outside the lake, or fails.
     """
-    batches = list(stream(lake, sql, params, memory_limit, threads))
+    batches = steadily(lake, lambda: list(stream(lake, sql, params, memory_limit, threads)))
     return pa.Table.from_batches(batches[1:], schema=batches[0].schema)
 
 
@@ -125,7 +135,10 @@ def stream(
     memory_limit: str = "2GB",
     threads: int | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """`query`, some rows at a time: an empty batch with the schema, then the rows."""
+    """`query`, some rows at a time: an empty batch with the schema, then the rows.
+
+    A purge that replaces a part while rows are being handed out ends it with QueryRefused; `query` asks again.
+    """
     con = fenced(lake, memory_limit, threads)
     try:
         checked_statement(con, sql)

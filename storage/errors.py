@@ -12,11 +12,13 @@ StorageError
 |   +-- LakeNotFound
 |   +-- SchemaVersionError       written by another version of the tables
 |   +-- LakeBusy                 another run holds the lock
+|   +-- PurgeUnfinished          a purge was begun and has to be finished first
 |   +-- StorageFull
 |   +-- NotWritable
 +-- CorruptData                  bytes that are not what their manifest says
 |   +-- CorruptPart
 |   +-- CorruptShard
+|   +-- PurgeNotClean            something of what was purged is still there
 +-- IntakeError                  img2dataset gave up, even after restarts
 +-- TransientError               worth another try as it is: the only thing that is retried
 """
@@ -70,6 +72,10 @@ class LakeBusy(LakeError):
     """Another run holds the lake."""
 
 
+class PurgeUnfinished(LakeError):
+    """A purge of this lake was begun and not finished; nothing else may write until it is."""
+
+
 class StorageFull(LakeError):
     """The disk (or quota) under the lake is full."""
 
@@ -88,6 +94,10 @@ class CorruptPart(CorruptData):
 
 class CorruptShard(CorruptData):
     """An image shard is absent, truncated or unreadable."""
+
+
+class PurgeNotClean(CorruptData):
+    """After a purge something of what it should have taken out is still there."""
 
 
 class IntakeError(StorageError):

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from storage import layout
-from storage.errors import CorruptData, LakeNotFound, NotWritable, SchemaVersionError
+from storage.errors import (
+    CorruptData,
+    LakeNotFound,
+    NotWritable,
+    PurgeUnfinished,
+    SchemaVersionError,
+)
 from storage.fs import Root
 from storage.lock import hold_local, hold_remote
 from storage.schemas import SCHEMA_VERSION
@@ -67,17 +73,24 @@ class Lake:
         return self.root.uri
 
     @contextmanager
-    def lock(self, purpose: str) -> Iterator[None]:
+    def lock(self, purpose: str, *, half_purged: bool = False) -> Iterator[None]:
         """Hold the lake for one run; LakeBusy names whoever holds it already.
 
         On a local disk the operating system frees the lock with the process, however it ends.
         On an object store the holder renews it, and a lock not renewed for ten minutes is free.
+
+        Raises PurgeUnfinished where a purge was begun and not finished, unless that is no obstacle (`half_purged`).
         """
         if self.read_only:
             raise NotWritable(f"lake {self.uri} was opened read-only; open it for writing")
         hold = hold_local if self.root.is_local else hold_remote
         with hold(self.root, layout.LOCK, purpose) as self.lock_fd:
             try:
+                if not half_purged and self.root.exists(layout.PURGE_BEGUN):
+                    raise PurgeUnfinished(
+                        f"a purge of {self.uri} was begun and not finished: run `bootstrap purge --resume` (the same "
+                        "purge again does it too), then this command"
+                    )
                 yield
             finally:
                 self.lock_fd = None

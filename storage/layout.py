@@ -6,7 +6,10 @@ shards/<shard>.tar                            images, written once
 models/<model_id>/                            weights, tokenizer, lineage.json
 rounds/0003/                                  settings, record, policy and intakes of a round
 trainsets/<fingerprint>.arrow                 rows of one training set
+trainsets/<fingerprint>.json                  what took its place when images were purged
 reports/round=0003/index.html
+purges/begun.json                             the purge that is not finished, if there is one
+purges/<purge_id>.json                        what a purge took out, and the proof
 work/                                         scratch of unfinished stages, never read by others
 """
 
@@ -19,6 +22,10 @@ TABLES = "tables"
 SHARDS = "shards"
 MODELS = "models"
 ROUNDS = "rounds"
+TRAINSETS = "trainsets"
+REPORTS = "reports"
+PURGES = "purges"
+PURGE_BEGUN = "purges/begun.json"
 
 
 def table_dir(table: str, round: int | None = None) -> str:
@@ -83,12 +90,32 @@ def intake_record(round: int, name: str) -> str:
 
 def trainset(fingerprint: str) -> str:
     """The Arrow file of a training set."""
-    return f"trainsets/{fingerprint}.arrow"
+    return f"{TRAINSETS}/{fingerprint}.arrow"
+
+
+def trainset_successor(fingerprint: str) -> str:
+    """What took the place of a training set whose images were purged."""
+    return f"{TRAINSETS}/{fingerprint}.json"
+
+
+def purge_record(purge_id: str) -> str:
+    """The record of a finished purge."""
+    return f"{PURGES}/{purge_id}.json"
+
+
+def purge_folder(purge_id: str) -> str:
+    """What an unfinished purge works from; it goes when the purge is finished."""
+    return f"{PURGES}/{purge_id}"
+
+
+def purge_work(purge_id: str, name: str) -> str:
+    """A file that an unfinished purge works from."""
+    return f"{purge_folder(purge_id)}/{name}"
 
 
 def report(round: int) -> str:
     """The report of a round."""
-    return f"reports/round={round:04d}/index.html"
+    return f"{REPORTS}/round={round:04d}/index.html"
 
 
 def web_shards(round: int, position: int | None = None) -> str:

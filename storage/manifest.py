@@ -40,6 +40,11 @@ class Manifest:
     """Seconds of the steps inside the stage: `write` in every part; of captions and scores also `read` and `decode`
     (summed over the threads that do it meanwhile), `wait` (the model for images), `encode`, `generate` or `score`."""
 
+    coming: Mapping[str, Any] = field(default_factory=dict)
+    """While the part is being replaced, the manifest that is to follow: its file may be there already."""
+    purged: Mapping[str, Any] = field(default_factory=dict)
+    """Of a part that a purge has touched: `rows` of it that went, and the fingerprints that it `was` known by."""
+
     def __post_init__(self) -> None:
         """Every row that came in went out as ok or not ok, with a status."""
         name = f"{self.stage}: part {self.table}/{self.part}"
@@ -53,7 +58,9 @@ class Manifest:
 
 def write_manifest(root: Root, rel: str, manifest: Manifest) -> None:
     """Commit: after this the part is seen by readers."""
-    root.write_bytes(rel, json.dumps(asdict(manifest), indent=2, sort_keys=True).encode())
+    record = asdict(manifest)
+    record = {k: v for k, v in record.items() if v or k not in ("coming", "purged")}
+    root.write_bytes(rel, json.dumps(record, indent=2, sort_keys=True).encode())
 
 
 def read_manifest(root: Root, rel: str) -> Manifest | None:

@@ -9,6 +9,8 @@ from storage.tables import PartRef
 _FILLED = {("decisions", "generation"): "policy"}
 """Where parts of older lakes lack a column, the column that says the same of them."""
 
+_PART_PATH = "^.*/(tables/[^/]+/(?:round=[0-9]+/)?[^/]+[.]parquet)$"
+
 _SQL_TYPES = {
     pa.string(): "VARCHAR",
     pa.int64(): "BIGINT",
@@ -19,11 +21,20 @@ _SQL_TYPES = {
 }
 
 
-def rows_of(lake: Lake, table: str, parts: list[PartRef]) -> str:
-    """SQL of the rows of some parts: an explicit list, or no row of the right types."""
+def rows_of(lake: Lake, table: str, parts: list[PartRef], *, named: bool = False) -> str:
+    """SQL of the rows of some parts: an explicit list, or no row of the right types.
+
+    With `named` there is a column `part` more: the path in the lake of the part that a row is in.
+    """
     nothing = empty_table(TABLES[table])
     if not parts:
-        return nothing
+        return f"SELECT *, '' AS part FROM ({nothing})" if named else nothing
+    if named:
+        rows = rows_of(lake, table, parts)
+        name = f"regexp_extract(filename, '{_PART_PATH}', 1) AS part"
+        return rows.replace("SELECT ", f"SELECT {name}, ", 1).replace(
+            "hive_partitioning = false", "hive_partitioning = false, filename = true", 1
+        )
     names = TABLES[table].names
     paths = ", ".join(quoted(_address(lake, ref.path)) for ref in parts)
     if table not in ADDED_LATER:

@@ -15,6 +15,9 @@ older program does not ask for it.
 
 OK = "ok"
 
+PURGED_STATUS = "purged"
+"""Status of an input row whose image was taken out on request, or is not taken in because one was."""
+
 SOURCES = ("web", "synthetic", "human")
 """Who proposed a caption: the alt text, a captioner, a person (T_w, T_s, T_h of the paper)."""
 
@@ -267,6 +270,24 @@ JUDGEMENTS = pa.schema(
     ]
 )
 
+PURGED = pa.schema(
+    [
+        _column("purge_id", _TEXT, "the purge that took it out", False),
+        _column("asked", _TEXT, "what was asked for that led to it, in words", False),
+        _column("because", _TEXT, "why, as it was asked", False),
+        _column("purged_at", _TIME, "when the purge was begun"),
+        _column("pool", _TEXT, "web, human or heldout", False),
+        _column("key", _TEXT, "key of the input row in pairs", False),
+        _column("url", _TEXT, "address of the input row"),
+        _column("address", _TEXT, "the same in its normal form; null where it is no web address"),
+        _column("image_id", _TEXT, "the image; null where none had come of the row"),
+        _column("shard", _TEXT, "shard that held its bytes; null where the row stored none"),
+        _column("offset", _INT, "first byte of where it lay"),
+        _column("size", _INT, "bytes that it took"),
+        _column("models", _TEXT, "ids of models that were trained on the image, as a JSON list"),
+    ]
+)
+
 TABLES: dict[str, pa.Schema] = {
     "pairs": PAIRS,
     "captions": CAPTIONS,
@@ -282,6 +303,7 @@ TABLES: dict[str, pa.Schema] = {
     "gate_rules": GATE_RULES,
     "arms": ARMS,
     "arm_resamples": ARM_RESAMPLES,
+    "purged": PURGED,
 }
 
 ADDED_LATER = {

@@ -1,4 +1,4 @@
-"""Image shards: webdataset tars that are written once and read by byte range.
+"""Image shards: webdataset tars that are written once and read by byte range. A purge leaves zeros in them.
 
 A shard is deterministic: members in the order given, every header field fixed. A sample is the
 image `<key>.<ext>` followed by `<key>.json`; the pairs table holds the image's byte range.
@@ -104,7 +104,7 @@ def read_verified_image(lake: Lake, shard: str, offset: int, size: int, image_id
 
 
 def iter_shard(lake: Lake, name: str) -> Iterator[Sample]:
-    """The samples of a shard in order, one in memory; CorruptShard when the tar breaks off."""
+    """The samples of a shard in order without the purged ones, one in memory; CorruptShard when the tar breaks off."""
     path = layout.shard(name)
     try:
         with lake.root.open(path) as f, tarfile.open(fileobj=f, mode="r:") as tar:
@@ -114,6 +114,8 @@ def iter_shard(lake: Lake, name: str) -> Iterator[Sample]:
                 data = _member_bytes(tar, member)
                 if ext != "json":
                     image = (key, ext, data)
+                elif not data.strip(b"\0"):  # purged: zeros in the place of both
+                    image = None
                 elif image is not None and image[0] == key:
                     yield Sample(key=key, image=image[2], ext=image[1], meta=json.loads(data))
                     image = None

@@ -1,7 +1,8 @@
 """Parts of tables: written, committed by their manifest, skipped by fingerprint, read back.
 
-A part is committed exactly when its manifest exists. Whoever replaces a part removes the
-manifest first, so a reader never sees a manifest beside bytes that it does not describe.
+A part is committed exactly when its manifest exists. Whoever makes a part anew removes the
+manifest first, so a reader never sees a manifest beside bytes that it does not describe. A purge, which must not let a
+part vanish even for a moment, announces the new bytes in the old manifest (`storage.purge.parts`).
 """
 
 import hashlib
@@ -129,7 +130,7 @@ def commit_batches(
     lake.root.remove(manifest_path)
     with lake.root.staged(path) as tmp:
         with explained(lake.root, path):
-            num_rows = _write_parquet(tmp, table, batches)
+            num_rows = write_rows(tmp, table, batches)
             num_bytes, sha256 = tmp.stat().st_size, file_sha256(tmp)
     timings = {**clock.timings, "write": round_to_ms(time.perf_counter() - began)}
     if callable(counts):
@@ -241,7 +242,7 @@ def check_part(lake: Lake, ref: PartRef, full: bool = False) -> None:
     """CorruptPart unless the file has the committed size (and, when `full`, the sha256)."""
     manifest = part_manifest(lake, ref)
     _check_size(lake, ref, manifest)
-    if full and _stored_sha256(lake, ref.path) != manifest.sha256:
+    if full and not _describes(lake, ref, manifest, "sha256", _stored_sha256(lake, ref.path)):
         raise CorruptPart(
             f"part {lake.uri}/{ref.path} has other bytes than were committed; {_remedy(ref)}"
         )
@@ -270,8 +271,11 @@ def round_to_ms(seconds: float) -> float:
     return float(f"{seconds:.3f}")
 
 
-def _write_parquet(path: Path, table: str, batches: Iterable[pa.RecordBatch]) -> int:
-    """Row groups of ROW_GROUP_ROWS, whatever the batches' sizes; the number of rows."""
+def write_rows(path: Path, table: str, batches: Iterable[pa.RecordBatch]) -> int:
+    """Write rows of `table` as the Parquet file of a part; the number of rows.
+
+    Row groups of ROW_GROUP_ROWS, whatever the batches' sizes, so that the same rows give the same bytes.
+    """
     schema = schema_of(table)
     groups = _row_groups(schema, batches)
     first = next(groups)
@@ -310,11 +314,21 @@ def _check_size(lake: Lake, ref: PartRef, manifest: Manifest) -> None:
         size = lake.root.size(ref.path)
     except FileNotFoundError as err:
         raise CorruptPart(f"part {lake.uri}/{ref.path} is gone; {_remedy(ref)}") from err
-    if size != manifest.num_bytes:
+    if not _describes(lake, ref, manifest, "num_bytes", size):
         raise CorruptPart(
             f"part {lake.uri}/{ref.path} has {size} bytes, its manifest says "
             f"{manifest.num_bytes}; {_remedy(ref)}"
         )
+
+
+def _describes(
+    lake: Lake, ref: PartRef, manifest: Manifest, name: Literal["num_bytes", "sha256"], found: Any
+) -> bool:
+    """Whether a manifest, or the one that has taken its place meanwhile, tells of a file's size or hash."""
+    if found in (getattr(manifest, name), manifest.coming.get(name)):
+        return True
+    now = read_manifest(lake.root, layout.part_manifest(ref.table, ref.name, ref.round))
+    return now is not None and found in (getattr(now, name), now.coming.get(name))
 
 
 class _corrupt_named:

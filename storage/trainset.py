@@ -3,8 +3,10 @@
 A row names an image by its byte range, so training reads each picture with one range read.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import duckdb
@@ -151,17 +153,71 @@ def build_trainset(lake: Lake, sql: str, *, name: str, memory_limit: str = "2GB"
     with catalog.disk_watched(lake, layout.WORK), catalog.connect(lake, memory_limit) as con:
         num_rows = _want(con, sql, name)
         reader = con.sql(ROWS).to_arrow_reader(BATCH_ROWS)
-        tmp = lake.scratch("trainsets") / f"{name}.arrow"
-        with explained(lake.root, str(tmp)), tmp.open("wb") as f:
-            with pa.ipc.new_file(f, SCHEMA) as writer:
-                for batch in _even(reader):
-                    writer.write_batch(batch)
+        fingerprint = _put(lake, reader, name)
+    path = layout.trainset(fingerprint)
+    return TrainSetRef(name=name, path=path, fingerprint=fingerprint, num_rows=num_rows)
+
+
+def images_in(lake: Lake, fingerprint: str, image_ids: pa.Array) -> dict[str, int]:
+    """Which of `image_ids` a stored training set has rows of, and how many."""
+    found: dict[str, int] = {}
+    with lake.root.open(layout.trainset(fingerprint)) as f:
+        reader = pa.ipc.open_file(f)
+        for number in range(reader.num_record_batches):
+            ids = reader.get_batch(number).column("image_id")
+            here = pc.value_counts(ids.filter(pc.is_in(ids, value_set=image_ids)))
+            for each in here.to_pylist():
+                found[each["values"]] = found.get(each["values"], 0) + each["counts"]
+    return found
+
+
+def drop_images(lake: Lake, fingerprint: str, image_ids: pa.Array, purge_id: str) -> str | None:
+    """Replace a stored training set by one without the rows of some images; its fingerprint, None when no row is left.
+
+    The new set is what the same query gives from now on. A record in place of the old one says which it is.
+    """
+    path = layout.trainset(fingerprint)
+    with lake.root.open(path) as f:
+        reader = pa.ipc.open_file(f)
+        batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        kept = (
+            batch.filter(pc.invert(pc.is_in(batch.column("image_id"), value_set=image_ids)))
+            for batch in batches
+        )
+        some = (batch for batch in kept if batch.num_rows)
+        first = next(some, None)
+        successor = None if first is None else _put(lake, chain([first], some), f"purge-{purge_id}")
+    record = {"successor": successor, "purge_id": purge_id}
+    lake.root.write_bytes(layout.trainset_successor(fingerprint), json.dumps(record).encode())
+    lake.root.remove(path)
+    return successor
+
+
+def standing(lake: Lake, fingerprint: str) -> str | None:
+    """The stored training set of that fingerprint, or what is left of it after purges; None when it is gone."""
+    known: str | None = fingerprint
+    while known is not None and not lake.root.exists(layout.trainset(known)):
+        try:
+            record = json.loads(lake.root.read_bytes(layout.trainset_successor(known)))
+        except FileNotFoundError:
+            return None
+        known = record["successor"]
+    return known
+
+
+def _put(lake: Lake, batches: Iterator[pa.RecordBatch], name: str) -> str:
+    """Write rows as a training set of the lake; its fingerprint."""
+    tmp = lake.scratch("trainsets") / f"{name}.arrow"
+    with explained(lake.root, str(tmp)), tmp.open("wb") as f:
+        with pa.ipc.new_file(f, SCHEMA) as writer:
+            for batch in _even(batches):
+                writer.write_batch(batch)
     fingerprint = file_sha256(tmp)[:32]
     path = layout.trainset(fingerprint)
     if not lake.root.exists(path):
         lake.root.put_file(tmp, path)
     tmp.unlink()
-    return TrainSetRef(name=name, path=path, fingerprint=fingerprint, num_rows=num_rows)
+    return fingerprint
 
 
 def open_trainset(lake: Lake, ref: TrainSetRef) -> TrainSet:

@@ -1,5 +1,6 @@
 """Everything known of one image, text or address: where it came from, what was said of it, decided, and trained on."""
 
+import json
 import re
 from bisect import bisect_left
 from typing import Any
@@ -8,11 +9,12 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from storage import catalog, layout
+from storage import catalog, layout, trainset
 from storage.errors import ConfigError
 from storage.lake import Lake
 from storage.parts_sql import rows_of
 from storage.schemas import OK
+from storage.steady import steadily
 from storage.tables import committed_part
 
 MOST_IMAGES = 20
@@ -40,6 +42,10 @@ SELECT d.caption_id, d.round, d.policy, d.params, d.generation, d.kept, d.reason
 FROM decisions d LEFT JOIN active_policies a USING (round, generation)
 WHERE d.image_id = $id ORDER BY d.round, d.generation
 """
+_PURGED = """
+SELECT purge_id, because, purged_at, any_value(models) AS models FROM purged
+WHERE image_id = $id GROUP BY ALL ORDER BY purged_at
+"""
 _MODELS = """
 SELECT model_id, any_value(role) AS role, min(round) AS round, any_value(trained_on) AS trained_on
 FROM models WHERE trained_on IS NOT NULL GROUP BY model_id ORDER BY round, role
@@ -52,6 +58,10 @@ def why(lake: Lake, asked: str, memory_limit: str = "2GB") -> dict[str, Any]:
     `rows` are the input rows that are meant, `images` the images they gave, each with its texts. Raises
     ConfigError when nothing of that name is in the lake.
     """
+    return steadily(lake, lambda: _why(lake, asked, memory_limit))
+
+
+def _why(lake: Lake, asked: str, memory_limit: str) -> dict[str, Any]:
     with catalog.connect(lake, memory_limit) as con:
         caption_id, rows = None, []
         if by_id := bool(_ID.fullmatch(asked)):
@@ -112,6 +122,9 @@ def _image(
     return {
         "image_id": image_id,
         "held_back": bool(reserved[0][0]),
+        "purged": [
+            row | {"models": json.loads(row["models"])} for row in _ask(con, _PURGED, image_id)
+        ],
         "texts": texts,
         "models_looked_at": len(models),
         "training_sets_gone": [model["model_id"] for model, rows in trained if rows is None],
@@ -142,9 +155,15 @@ def _only_shards(lake: Lake, con: duckdb.DuckDBPyConnection, shards: set[str]) -
 
 
 def _rows_trained_on(lake: Lake, fingerprint: str, image_id: str) -> set[tuple[str, str]] | None:
-    """(caption, source) of an image in a training set, whose rows are sorted by image; None when its file is gone."""
+    """(caption, source) of an image in a training set, whose rows are sorted by image; None when its file is gone.
+
+    Of a set that images were purged from since, what is left of it.
+    """
+    stored = trainset.standing(lake, fingerprint)
+    if stored is None:
+        return None
     try:
-        with lake.root.open(layout.trainset(fingerprint)) as f:
+        with lake.root.open(layout.trainset(stored)) as f:
             reader = pa.ipc.open_file(f)
             firsts = _Firsts(reader)
             # Rows of one image may begin in the batch before the first that begins with it.

@@ -7,6 +7,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 
+import duckdb
+
 from blip_core import ImageTransform, PairScore, Scorer
 from flows import models
 from flows.audit.agreed_words import AgreedWords
@@ -66,7 +68,7 @@ def score_canaries(run: Run) -> PartRef:
     scorer, judge = models.scorer_ref(run), models.judge_ref(run)
     captioner = models.captioner_ref(run)
     with connect(run.lake) as connection:
-        human = [row[0] for row in connection.execute(_HUMAN_TEXTS).fetchall()]
+        human = human_texts(connection)
     basis = _basis(run, images, human, scorer, judge, captioner)
     known = committed_part(
         run.lake, "canaries", PART, round=run.round, basis=basis, on_stale=run.on_stale
@@ -114,7 +116,6 @@ def _basis(
     captioner: ModelRef,
 ) -> Basis:
     """What the canaries and their scores are made of."""
-    content = {image.row.image_id: list(image.texts) for image in images}
     return basis_of(
         "canaries",
         STAGE_VERSION,
@@ -127,18 +128,36 @@ def _basis(
             "judge_id": judge.model_id,
             "captioner_id": captioner.model_id,
         },
-        [
-            fingerprint("canary-images", 1, content, []),
-            fingerprint("human-texts", 1, {"texts": human}, []),
-        ],
+        [images_input(images), texts_input(human)],
         scorer.model_id,
     )
+
+
+def images_input(images: Sequence[CanaryImage]) -> str:
+    """The canary images with their texts."""
+    content = {image.row.image_id: list(image.texts) for image in images}
+    return fingerprint("canary-images", 1, content, [])
+
+
+def texts_input(human: Sequence[Sequence[str]]) -> str:
+    """What people said of all images."""
+    return fingerprint("human-texts", 1, {"texts": human}, [])
+
+
+def human_texts(connection: duckdb.DuckDBPyConnection) -> list[list[str]]:
+    """What people said of each image that a connection sees."""
+    return [row[0] for row in connection.execute(_HUMAN_TEXTS).fetchall()]
 
 
 def canary_images(run: Run) -> list[CanaryImage]:
     """The canary images of the lake, in order of image_id."""
     with connect(run.lake, as_of=run.round) as connection:
-        rows = connection.execute(_CANARY_IMAGES).fetchall()
+        return canary_images_of(connection)
+
+
+def canary_images_of(connection: duckdb.DuckDBPyConnection) -> list[CanaryImage]:
+    """The canary images that a connection sees, in order of image_id."""
+    rows = connection.execute(_CANARY_IMAGES).fetchall()
     return [
         CanaryImage(
             row=ImageRow(image_id=image_id, shard=shard, offset=offset, size=size),

@@ -30,9 +30,13 @@ def caption_basis(run: Run, images: Sequence[ImageRow], captioner: ModelRef) -> 
     """What the captions of a shard's images are made of."""
     config = curate_basis(run.settings.caption) | basis_fields(captioner)
     config |= {"seed": run.settings.seed}
-    # By content: a shard that was dropped and fetched anew may hold other images.
-    inputs = [fingerprint("images", 1, {"image_ids": [row.image_id for row in images]}, [])]
+    inputs = [images_input([row.image_id for row in images])]
     return basis_of("caption", STAGE_VERSION, config, inputs, captioner.model_id)
+
+
+def images_input(image_ids: list[str]) -> str:
+    """The images of a shard by content: one that was dropped and fetched anew may hold others."""
+    return fingerprint("images", 1, {"image_ids": image_ids}, [])
 
 
 def web_images(run: Run, pairs: PartRef) -> list[ImageRow]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import duckdb
 import numpy as np
 
 from blip_core import RetrievalRanks
@@ -43,13 +44,18 @@ class HeldOut:
 def held_out(run: Run) -> HeldOut:
     """The held-out pairs of the lake. Raises MissingInput when there are none."""
     with connect(run.lake) as connection:
-        rows = connection.execute(HELDOUT_SQL).fetchall()
-    rows = rows[: run.settings.evaluate.max_images]
-    if not rows:
+        found = held_out_of(connection, run.settings.evaluate.max_images)
+    if not found.images:
         raise MissingInput(
             f"lake {run.lake.uri} has no held-out pairs to evaluate on; give `ingest.heldout` a "
             "captions file with its images and run `bootstrap ingest`"
         )
+    return found
+
+
+def held_out_of(connection: duckdb.DuckDBPyConnection, max_images: int | None) -> HeldOut:
+    """The held-out pairs that a connection sees, those of the first images."""
+    rows = connection.execute(HELDOUT_SQL).fetchall()[:max_images]
     images = tuple(
         ImageRow(image_id=image_id, shard=shard, offset=offset, size=size)
         for image_id, shard, offset, size, _ in rows

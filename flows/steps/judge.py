@@ -6,6 +6,11 @@ with the rounds can tell (Recursive training, docs/rounds.md).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import duckdb
+
 from flows import models
 from flows.foreign_models import basis_fields
 from flows.session import Run
@@ -48,14 +53,7 @@ def judge_sample(run: Run) -> PartRef | None:
         return None
     judge = models.judge_ref(run)
     with connect(run.lake, as_of=run.round) as connection:
-        sample = connection.execute(
-            _SAMPLE,
-            {
-                "round": run.round,
-                "next_round": layout.web_shards(run.round + 1),
-                "each": max(1, size // 2),
-            },
-        ).fetchall()
+        sample = sample_of(connection, run.round, size)
     texts: dict[ImageRow, list[tuple[str, str, str]]] = {}
     for caption_id, image_id, source, caption, shard, offset, num_bytes in sample:
         row = ImageRow(image_id=image_id, shard=shard, offset=offset, size=num_bytes)
@@ -64,7 +62,7 @@ def judge_sample(run: Run) -> PartRef | None:
         "judge",
         STAGE_VERSION,
         curate_basis(run.settings.score) | basis_fields(judge),
-        [fingerprint("sample", 1, {"caption_ids": sorted(row[0] for row in sample)}, [])],
+        [sample_input(sample)],
         judge.model_id,
     )
     known = committed_part(
@@ -97,3 +95,20 @@ def judge_sample(run: Run) -> PartRef | None:
     return commit_part(
         run.lake, "judgements", PART, table, round=run.round, basis=basis, clock=clock
     )
+
+
+def sample_of(
+    connection: duckdb.DuckDBPyConnection, round: int, size: int
+) -> list[tuple[str, str, str, str, str, int, int]]:
+    """The texts of a round that the judge sees: caption_id, image_id, source, text, and where the image lies."""
+    about = {
+        "round": round,
+        "next_round": layout.web_shards(round + 1),
+        "each": max(1, size // 2),
+    }
+    return connection.execute(_SAMPLE, about).fetchall()
+
+
+def sample_input(sample: Sequence[Sequence[Any]]) -> str:
+    """The texts of a sample, in any order."""
+    return fingerprint("sample", 1, {"caption_ids": sorted(row[0] for row in sample)}, [])

@@ -24,9 +24,14 @@ STAGE_VERSION = 2
 
 def score_basis(run: Run, caption_ids: Iterable[str], scorer: ModelRef) -> Basis:
     """What the scores of a shard's texts are made of."""
-    inputs = [fingerprint("captions", 1, {"caption_ids": sorted(caption_ids)}, [])]
+    inputs = [texts_input(caption_ids)]
     config = curate_basis(run.settings.score) | basis_fields(scorer)
     return basis_of("score", STAGE_VERSION, config, inputs, scorer.model_id)
+
+
+def texts_input(caption_ids: Iterable[str]) -> str:
+    """The texts of a shard, in any order."""
+    return fingerprint("captions", 1, {"caption_ids": sorted(caption_ids)}, [])
 
 
 def texts_by_image(run: Run, pairs: PartRef, rounds: Sequence[int]) -> dict[str, list[Text]]:

@@ -12,6 +12,7 @@ import duckdb
 from storage import catalog
 from storage.lake import Lake
 from storage.parts_sql import rows_of
+from storage.steady import steadily
 from storage.tables import PartRef
 
 BATCH_ROWS = 10_000
@@ -129,10 +130,12 @@ def withheld_sql() -> str:
 def opted_out_sql() -> str:
     """SQL of (image_id): images whose owner has objected since they were taken in.
 
-    An address that was found opted out takes along the image that an earlier intake had from it. A purge of
-    the lake that learns of objections in another way belongs here.
+    An address that was found opted out takes along the image that an earlier intake had from it. What was purged is
+    not in the lake any more; should a program that knows of no purges have brought it back, it stays out all the same.
     """
     return """
+    SELECT image_id FROM purged WHERE image_id IS NOT NULL
+    UNION
     SELECT image_id FROM pairs
     WHERE image_id IS NOT NULL
       AND (status = 'opted_out' OR url IN (SELECT url FROM pairs WHERE status = 'opted_out'))
@@ -172,14 +175,21 @@ def select(
     lake: Lake, round: int, part: PartRef, with_human: bool, memory_limit: str = "1GB"
 ) -> Iterator[Selection]:
     """Find what a decision of a round keeps and may leave the lake."""
-    with (
-        tempfile.TemporaryDirectory(prefix="bootstrap-") as folder,
-        catalog.connect(lake, memory_limit) as con,
-    ):
-        con.execute(f"SET temp_directory = '{folder}'")
-        sql = SELECTED.format(kept=kept_sql(lake, part), withheld=withheld_sql())
-        con.execute(sql, {"round": round, "with_human": with_human})
-        yield Selection(con)
+    sql = SELECTED.format(kept=kept_sql(lake, part), withheld=withheld_sql())
+    about = {"round": round, "with_human": with_human}
+
+    def selected(folder: str) -> duckdb.DuckDBPyConnection:
+        con = catalog.connect(lake, memory_limit)
+        try:
+            con.execute(f"SET temp_directory = '{folder}'")
+            return con.execute(sql, about)
+        except duckdb.Error:
+            con.close()
+            raise
+
+    with tempfile.TemporaryDirectory(prefix="bootstrap-") as folder:
+        with steadily(lake, lambda: selected(folder)) as con:
+            yield Selection(con)
 
 
 def _picked(rows: list[dict[str, Any]]) -> Picked:

@@ -18,6 +18,7 @@ from storage.errors import ConfigError, EmptyInput
 from storage.fingerprint import Basis, basis_of
 from storage.intake.caption_files import CaptionedFile, read_caption_file
 from storage.intake.images import inspect_image
+from storage.intake.purged import PurgedImages
 from storage.intake.records import IntakeRecord, finished_intake, remember_intake
 from storage.intake.seen import SeenImages
 from storage.lake import Lake
@@ -101,11 +102,12 @@ def ingest_captions(
     if done is not None:
         return list(done.parts)
     pairs, captions = [], []
-    with SeenImages(lake.scratch("intake")) as seen:
+    folder = lake.scratch("intake")
+    with SeenImages(folder) as seen, PurgedImages(lake, folder) as purged:
         for index, chunk in enumerate(_chunks(files, config.shard_images)):
             name = layout.part_name(source, index)
             part_basis = basis | {"inputs": [*basis["inputs"], name]}
-            made = _ingest_shard(lake, config, name, chunk, index, part_basis, seen)
+            made = _ingest_shard(lake, config, name, chunk, index, part_basis, seen, purged)
             pairs.append(made[0])
             captions.append(made[1])
             if on_progress is not None:
@@ -128,12 +130,13 @@ def _ingest_shard(
     index: int,
     basis: Basis,
     seen: SeenImages,
+    purged: PurgedImages,
 ) -> tuple[PartRef, PartRef]:
     """One shard with its two parts; the captions come first, so that pairs commits all."""
     clock = Clock()
     rows = _Rows()
     for i, file in enumerate(files):
-        _add_file(config, name, index * config.shard_images + i, file, rows, seen)
+        _add_file(config, name, index * config.shard_images + i, file, rows, seen, purged)
     made = committed_part(lake, "pairs", name, basis=basis, on_stale="rebuild")
     texts = committed_part(lake, "captions", name, round=0, basis=basis, on_stale="rebuild")
     if made is not None and texts is not None:
@@ -177,6 +180,7 @@ def _add_file(
     file: CaptionedFile,
     rows: _Rows,
     seen: SeenImages,
+    purged: PurgedImages,
 ) -> None:
     """The rows of one picture."""
     data = Path(config.images, file.image).read_bytes()
@@ -195,6 +199,10 @@ def _add_file(
     if found.status != OK:
         return
     image_id = ids.image_id(data)
+    gone = purged.outcome(image_id)
+    if gone is not None:
+        pair |= gone
+        return
     pair |= {"image_id": image_id, "width": found.width, "height": found.height}
     assert found.looks is not None
     pair |= {"phash": found.looks.phash, "looks": found.looks.to_bytes(), "size": len(data)}

@@ -23,6 +23,10 @@ AHEAD = 4 * THREADS
 """Rows, and so images in memory."""
 
 
+OF_THE_IMAGE = ("phash", "looks", "width", "height")
+"""Columns of a pair that are read off its image."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Looked:
     """A row of `pairs` in the making; image and looks are there when it is ok so far."""

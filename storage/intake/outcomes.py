@@ -35,9 +35,11 @@ STATUSES = (
     "near_duplicate",
     "eval_overlap",
     "lost",
+    "purged",
     "other",
 )
-"""Every status of a web pair. `lost` means that the fetcher left no word of the row."""
+"""Every status of a web pair. `lost` means that the fetcher left no word of the row, `purged` that the image was taken
+out on request, or not taken in because one was."""
 
 
 def outcome_of(error: str) -> tuple[str, str]:

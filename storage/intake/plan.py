@@ -17,7 +17,8 @@ import idna
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage import catalog, ids
+from storage import addresses, catalog, ids
+from storage.intake.purged import has_purges
 from storage.intake.url_list import ListRow, UrlListConfig, open_table
 from storage.lake import Lake
 from storage.parts_sql import rows_of
@@ -37,11 +38,11 @@ LISTED = pa.schema(
         ("extra", pa.string()),
         ("bad_text", pa.string()),
         ("bad_url", pa.string()),
+        ("address", pa.string()),
+        ("host", pa.string()),
     ]
 )
-
-_SAFE = "%/:=&?~#+!$,;'@()*[]"
-"""What stays as it is in an address that is made fit for HTTP."""
+"""The last two are only filled in where something was purged, for there they are looked for."""
 
 
 class Plan:
@@ -89,7 +90,7 @@ class Plan:
 def make_plan(lake: Lake, config: UrlListConfig, earlier: list[PartRef], folder: Path) -> Plan:
     """Read the list and write its plan into `folder`; `earlier` are pairs of other rounds."""
     listed, plan = folder / "listed.parquet", folder / "plan.parquet"
-    num_listed = _write_listed(config, listed)
+    num_listed = _write_listed(config, listed, with_hosts=has_purges(lake))
     with catalog.connect(lake) as con:
         con.execute(f"CREATE TEMP VIEW listed AS FROM read_parquet('{_escaped(listed)}')")
         con.execute(f"CREATE TEMP VIEW known AS {rows_of(lake, 'pairs', earlier)}")
@@ -123,17 +124,19 @@ def _by_turns(ranges: list[tuple[int, int]]) -> str:
     """
 
 
-def _write_listed(config: UrlListConfig, path: Path) -> int:
+def _write_listed(config: UrlListConfig, path: Path, *, with_hosts: bool) -> int:
     num_rows = 0
     with pq.ParquetWriter(path, LISTED, compression="zstd") as writer:
         for batch in open_table(config.path, config.columns()):
-            rows = list(_listed(config, batch))
+            rows = list(_listed(config, batch, with_hosts))
             num_rows += len(rows)
             writer.write_table(pa.Table.from_pylist(rows, schema=LISTED))
     return num_rows
 
 
-def _listed(config: UrlListConfig, batch: list[ListRow]) -> Iterator[dict[str, Any]]:
+def _listed(
+    config: UrlListConfig, batch: list[ListRow], with_hosts: bool
+) -> Iterator[dict[str, Any]]:
     for row in batch:
         url, alt_text = row.values.get("url"), row.values.get("alt_text")
         source_name = row.values.get("source_name") or config.name
@@ -151,6 +154,8 @@ def _listed(config: UrlListConfig, batch: list[ListRow]) -> Iterator[dict[str, A
             "extra": json.dumps(row.extra, sort_keys=True, default=str) if row.extra else None,
             "bad_text": row.bad,
             "bad_url": problem,
+            "address": addresses.normal(url) if with_hosts else None,
+            "host": addresses.host_of(url) if with_hosts else None,
         }
 
 
@@ -172,7 +177,7 @@ def _fit_for_http(url: str | None) -> tuple[str | None, str | None]:
             return None, f"{host[:80]!r} is no host name: {err}"
         user, at, _ = parts.netloc.rpartition("@")
         parts = parts._replace(netloc=f"{user}{at}{ascii_host}{f':{port}' if port else ''}")
-    return urllib.parse.quote(parts.geturl(), safe=_SAFE), None
+    return addresses.fit_for_http(parts.geturl()), None
 
 
 def _escaped(path: Path) -> str:

@@ -3,16 +3,34 @@
 -- there is nothing to fetch.
 --
 -- Reads listed (row, key, source_name, url, fetch_url, alt_text, licence, extra, bad_text,
--- bad_url) and known (key, url), the web pairs of other rounds.
+-- bad_url, address, host), known (key, url), the web pairs of other rounds, and purged. Of a row that
+-- is not fetched because its address or its host was purged, no text is kept.
 CREATE TEMP TABLE plan AS
-WITH news AS (
-    SELECT * FROM listed l WHERE NOT EXISTS (SELECT 1 FROM known k WHERE k.key = l.key)
+WITH purged_addresses AS (
+    SELECT address, min(because) AS because FROM purged WHERE address IS NOT NULL GROUP BY address
+),
+purged_hosts AS (
+    SELECT substr(asked, 6) AS host, min(because) AS because
+    FROM purged WHERE starts_with(asked, 'host ') GROUP BY ALL
+),
+hosts AS (
+    SELECT l.host, min(h.because) AS because
+    FROM (SELECT DISTINCT host FROM listed WHERE host IS NOT NULL) l
+    JOIN purged_hosts h ON l.host = h.host OR ends_with(l.host, '.' || h.host)
+    GROUP BY l.host
+),
+news AS (
+    SELECT l.*, coalesce(a.because, h.because) AS purged_because
+    FROM listed l
+    LEFT JOIN purged_addresses a USING (address)
+    LEFT JOIN hosts h USING (host)
+    WHERE NOT EXISTS (SELECT 1 FROM known k WHERE k.key = l.key)
 ),
 fetchable AS (
     -- The first row of each URL is the one that is fetched.
     SELECT fetch_url, min(row) AS first_row
     FROM news
-    WHERE bad_text IS NULL AND bad_url IS NULL
+    WHERE bad_text IS NULL AND bad_url IS NULL AND purged_because IS NULL
     GROUP BY fetch_url
 ),
 known_urls AS (
@@ -20,14 +38,19 @@ known_urls AS (
 )
 SELECT
     row_number() OVER (ORDER BY n.row) - 1 AS n,
-    n.row, n.key, n.source_name, n.url, n.fetch_url, n.alt_text, n.licence, n.extra,
+    n.row, n.key, n.source_name, n.url, n.fetch_url,
+    CASE WHEN n.purged_because IS NULL THEN n.alt_text END AS alt_text,
+    CASE WHEN n.purged_because IS NULL THEN n.licence END AS licence,
+    CASE WHEN n.purged_because IS NULL THEN n.extra END AS extra,
     CASE
+        WHEN n.purged_because IS NOT NULL THEN 'purged'
         WHEN n.bad_text IS NOT NULL THEN 'bad_text'
         WHEN n.bad_url IS NOT NULL THEN 'bad_url'
         WHEN k.url IS NOT NULL THEN 'duplicate_url'
         WHEN f.first_row < n.row THEN 'duplicate_url'
     END AS status,
     CASE
+        WHEN n.purged_because IS NOT NULL THEN n.purged_because
         WHEN n.bad_text IS NOT NULL THEN n.bad_text
         WHEN n.bad_url IS NOT NULL THEN n.bad_url
         WHEN k.url IS NOT NULL THEN 'in the lake already, with another text or source'

@@ -36,12 +36,16 @@ class SeenImages:
 
     def add(self, image_id: str, place: str) -> str | None:
         """Remember an image; where it was seen before, or None when it is new."""
+        before = self.place(image_id)
+        if before is None:
+            self._db.execute("INSERT INTO seen VALUES (?, ?)", (bytes.fromhex(image_id), place))
+        return before
+
+    def place(self, image_id: str) -> str | None:
+        """Where an image was seen first, None when it was not."""
         key = bytes.fromhex(image_id)
         row = self._db.execute("SELECT place FROM seen WHERE id = ?", (key,)).fetchone()
-        if row is not None:
-            return str(row[0])
-        self._db.execute("INSERT INTO seen VALUES (?, ?)", (key, place))
-        return None
+        return None if row is None else str(row[0])
 
     def add_all(self, image_ids: Iterable[str], place: str) -> None:
         """Remember many images, keeping the first place of those known."""

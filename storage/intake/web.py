@@ -24,9 +24,10 @@ from storage.fingerprint import Basis, basis_of, explain, fingerprint_of
 from storage.intake.download_config import DownloadConfig
 from storage.intake.fetching.host_server import HostServer
 from storage.intake.known import KnownImages
-from storage.intake.looking import looked_at
+from storage.intake.looking import OF_THE_IMAGE, looked_at
 from storage.intake.passes import Passes, PassResults, fetch_slice
 from storage.intake.plan import Plan, make_plan
+from storage.intake.purged import PurgedImages
 from storage.intake.records import IntakeRecord, finished_intake, remember_intake
 from storage.intake.url_list import UrlListConfig
 from storage.lake import Lake
@@ -137,6 +138,7 @@ class _Intake:
         captions: list[PartRef] = []
         with (
             KnownImages(self.lake, folder, self.config) as known,
+            PurgedImages(self.lake, folder) as purged,
             HostServer(
                 self.config.host_rules, patience_s=self.config.turn_patience_s
             ) as self._hosts,
@@ -147,7 +149,7 @@ class _Intake:
                 indices = range(first, min(first + per_slice, num_parts))
                 fetched = self._fetch(plan, indices, folder, on_progress)
                 for index in indices:
-                    made = self._part(plan, index, fetched, known)
+                    made = self._part(plan, index, fetched, known, purged)
                     pairs.append(made[0])
                     captions.append(made[1])
                 shutil.rmtree(_slice_folder(folder, indices), ignore_errors=True)
@@ -191,7 +193,12 @@ class _Intake:
         return self.basis | {"intake": self.basis, "part": index}
 
     def _part(
-        self, plan: Plan, index: int, fetched: Passes | None, known: KnownImages
+        self,
+        plan: Plan,
+        index: int,
+        fetched: Passes | None,
+        known: KnownImages,
+        purged: PurgedImages,
     ) -> tuple[PartRef, PartRef]:
         """One shard with its pairs and captions, unless it is committed."""
         made = self._committed(index)
@@ -205,7 +212,8 @@ class _Intake:
         planned = plan.rows(begin, end)
         pairs: list[dict[str, Any]] = []
         results = fetched.results(begin, end)
-        _, ranges = write_shard(self.lake, name, self._samples(planned, results, known, pairs))
+        samples = self._samples(planned, results, known, purged, pairs)
+        _, ranges = write_shard(self.lake, name, samples)
         where = {r.key: r.offset for r in ranges}
         for pair in pairs:
             if pair["status"] == OK:
@@ -217,6 +225,7 @@ class _Intake:
         planned: list[dict[str, Any]],
         results: PassResults,
         known: KnownImages,
+        purged: PurgedImages,
         pairs: list[dict[str, Any]],
     ) -> Iterator[Sample]:
         """The images of a shard; a row for each planned row is put into `pairs`."""
@@ -224,6 +233,10 @@ class _Intake:
             pair = row.pair
             pairs.append(pair)
             if row.image is None or row.looks is None:
+                continue
+            gone = purged.outcome(pair["image_id"])
+            if gone is not None:
+                pair |= dict.fromkeys(OF_THE_IMAGE) | gone
                 continue
             refused = known.refusal(pair["image_id"], pair["key"], row.looks)
             if refused is not None:
@@ -285,7 +298,7 @@ def _num_asked(lake: Lake, parts: list[PartRef]) -> int:
     """Rows that were asked for: a list of nothing but known addresses is no failure."""
     known = (
         *("duplicate_url", "duplicate_image", "near_duplicate", "eval_overlap"),
-        *("bad_text", "bad_url"),
+        *("bad_text", "bad_url", "purged"),
     )
     manifests = [part_manifest(lake, ref) for ref in parts if ref.table == "pairs"]
     return sum(m.num_in - sum(m.reasons.get(name, 0) for name in known) for m in manifests)

@@ -1,0 +1,141 @@
+"""What stages will compute of a lake's rows once some images are gone: so that a run after a purge finds its parts.
+
+A basis holds fingerprints of the rows that a part was made of. The same functions that the stages call are asked twice: of
+the lake as it is, and of the lake without the images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from flows.steps import canaries, judge
+from flows.steps.caption import images_input
+from flows.steps.evaluate import heldout_inputs
+from flows.steps.heldout import held_out_of
+from flows.steps.score import texts_input
+from storage import (
+    Lake,
+    PartRef,
+    committed_part,
+    connect,
+    list_parts,
+    part_manifest,
+    read_part,
+    rounds,
+)
+
+Hide = Callable[[duckdb.DuckDBPyConnection], None]
+Change = tuple[str, str, str]
+"""Path of a part, what went into it, and what will from now on."""
+
+MEASURED = ("evaluate", "measure-arm")
+"""Stages that measure on the held-out images."""
+MOST_UNREADABLE = 8
+"""Texts of a judge's sample that have no row because their pictures could not be decoded, more are not looked for."""
+
+
+def content_changes(lake: Lake, image_ids: pa.Array, hide: Hide) -> Iterator[Change]:
+    """Every fingerprint of rows in the basis of a committed part that is another one without the images."""
+    gone = set(image_ids.to_pylist())
+    for pairs in list_parts(lake, "pairs"):
+        ids = read_part(lake, pairs, ["image_id"]).column(0)
+        if pc.any(pc.is_in(ids, value_set=image_ids)).as_py():
+            yield from _of_shard(lake, pairs, gone)
+    yield from _of_heldout(lake, hide)
+    for record in rounds.list_rounds(lake):
+        yield from _of_audit(lake, record.round, hide)
+
+
+def _of_shard(lake: Lake, pairs: PartRef, gone: set[str]) -> Iterator[Change]:
+    """Captions are made of the images of a shard, scores of its texts."""
+    rows = read_part(lake, pairs, ["image_id", "status", "pool"]).to_pylist()
+    ids = [row["image_id"] for row in rows if row["status"] == "ok" and row["pool"] == "web"]
+    if gone.isdisjoint(ids):
+        return
+    left = [image_id for image_id in ids if image_id not in gone]
+    web = _texts(lake, committed_part(lake, "captions", pairs.name, round=0))
+    for record in rounds.list_rounds(lake):
+        captions = committed_part(lake, "captions", pairs.name, round=record.round)
+        if captions is not None:
+            yield captions.path, images_input(ids), images_input(left)
+        scores = committed_part(lake, "scores", pairs.name, round=record.round)
+        if scores is not None:
+            texts = web + _texts(lake, captions)
+            kept = [caption_id for caption_id, image_id in texts if image_id not in gone]
+            yield scores.path, texts_input(each[0] for each in texts), texts_input(kept)
+
+
+def _texts(lake: Lake, part: PartRef | None) -> list[tuple[str, str]]:
+    """(caption_id, image_id) of the ok texts of a part."""
+    if part is None:
+        return []
+    rows = read_part(lake, part, ["caption_id", "image_id", "status"]).to_pylist()
+    return [(row["caption_id"], row["image_id"]) for row in rows if row["status"] == "ok"]
+
+
+def _of_heldout(lake: Lake, hide: Hide) -> Iterator[Change]:
+    """Figures and ranks are measured on the held-out images with their texts."""
+    measured: dict[int | None, list[str]] = {}
+    for table in ("metrics", "ranks", "arm_resamples"):
+        for part in list_parts(lake, table):
+            manifest = part_manifest(lake, part)
+            if manifest.stage in MEASURED:
+                most = manifest.basis["config"].get("max_images")
+                measured.setdefault(most, []).append(part.path)
+    for most, paths in measured.items():
+        old, new = _twice(lake, None, hide, partial(_heldout, most))
+        yield from ((path, old, new) for path in paths)
+
+
+def _of_audit(lake: Lake, round: int, hide: Hide) -> Iterator[Change]:
+    """Canaries are made of the human images set aside and of what people say; the judge sees a sample of the texts."""
+    for part in list_parts(lake, "canaries", round):
+        yield part.path, *_twice(lake, round, hide, _canary_images)
+        yield part.path, *_twice(lake, None, hide, _human_texts)
+    for part in list_parts(lake, "judgements", round):
+        for each in _sample_sizes(lake, part):
+            old, new = _twice(lake, round, hide, partial(_sample, round, each))
+            if old in part_manifest(lake, part).inputs:
+                yield part.path, old, new
+                break
+
+
+def _heldout(most: int | None, con: duckdb.DuckDBPyConnection) -> str:
+    (found,) = heldout_inputs(held_out_of(con, most))
+    return found
+
+
+def _canary_images(con: duckdb.DuckDBPyConnection) -> str:
+    return canaries.images_input(canaries.canary_images_of(con))
+
+
+def _human_texts(con: duckdb.DuckDBPyConnection) -> str:
+    return canaries.texts_input(canaries.human_texts(con))
+
+
+def _sample(round: int, each: int, con: duckdb.DuckDBPyConnection) -> str:
+    """Of `each` texts of every source."""
+    return judge.sample_input(judge.sample_of(con, round, 2 * each))
+
+
+def _sample_sizes(lake: Lake, part: PartRef) -> range:
+    """What may have been asked of each source: nobody wrote it down, and rows may be fewer than were asked for."""
+    rows = read_part(lake, part, ["source"]).column(0).value_counts().to_pylist()
+    most = max((row["counts"] for row in rows), default=0)
+    lost = int(part_manifest(lake, part).purged.get("rows", 0)) + MOST_UNREADABLE
+    return range(max(1, most), most + lost + 1)
+
+
+def _twice(
+    lake: Lake, as_of: int | None, hide: Hide, ask: Callable[[duckdb.DuckDBPyConnection], str]
+) -> tuple[str, str]:
+    """What is found with the images and without them."""
+    with connect(lake, as_of=as_of) as con:
+        before = ask(con)
+        hide(con)
+        return before, ask(con)
