@@ -17,6 +17,7 @@ from flows import (
     exports,
     ingest_command,
     purge_command,
+    recheck_command,
     round_commands,
     sql_command,
     sweep_command,
@@ -93,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     sql_command.register(commands, _command)
     round_commands.register(commands, _command)
     purge_command.register(commands, _command)
+    recheck_command.register(commands, _command, _settings_options)
     compare_command.register(commands, _command, _settings_options)
     repair = _command(
         commands, "repair", "check every committed file, drop what is damaged", _repair

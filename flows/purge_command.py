@@ -54,17 +54,17 @@ def _purge(options: argparse.Namespace) -> int:
     scratch = options.scratch.expanduser().resolve() if options.scratch else None
     lake = Lake.open(find_lake(options.lake), read_only=options.dry_run, scratch_root=scratch)
     if options.resume:
-        done = resume(lake, _around())
+        done = resume(lake, around())
         _show(["no purge was left unfinished"] if done is None else lines_of(done))
     else:
         request = _request(options)
         _show(f"{options.file}, {line}: skipped" for line in request.bad_lines)
         if options.dry_run:
-            found = find(lake, request, _around().content_changes)
+            found = find(lake, request, around().content_changes)
             _show(_dry_lines(lake, found.plan, len(found.already)))
             _write_json(options.json, {"dry_run": True, "plan": _plan_data(found.plan)}, found.rows)
             return 0
-        done = purge(lake, request, _around())
+        done = purge(lake, request, around())
         _show(lines_of(done))
     if done is not None:
         _write_json(options.json, data_of(done), done.rows)
@@ -90,7 +90,8 @@ def _request(options: argparse.Namespace) -> Request:
     )
 
 
-def _around() -> Any:
+def around() -> Any:
+    """What a purge needs of the flows: what parts will say they were made of, and reports."""
     from flows.purge_bases import content_changes
     from storage.purge import Around
 

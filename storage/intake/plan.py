@@ -142,7 +142,7 @@ def _listed(
         source_name = row.values.get("source_name") or config.name
         # A row without an address still needs a key of its own.
         address = url if url else f"row {row.position}"
-        fetch_url, problem = _fit_for_http(url)
+        fetch_url, problem = fit_for_http(url)
         yield {
             "row": row.position,
             "key": ids.pair_key(source_name, address, alt_text),
@@ -159,7 +159,7 @@ def _listed(
         }
 
 
-def _fit_for_http(url: str | None) -> tuple[str | None, str | None]:
+def fit_for_http(url: str | None) -> tuple[str | None, str | None]:
     """The address with its host in ASCII and the rest percent-encoded, or what is wrong with it."""
     if not url or not url.strip():
         return None, "no address"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from storage.intake.plan import _fit_for_http
+from storage.intake.plan import fit_for_http
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from storage.intake.plan import _fit_for_http
     ],
 )
 def test_address_is_made_fit(listed: str, fetched: str) -> None:
-    assert _fit_for_http(listed) == (fetched, None)
+    assert fit_for_http(listed) == (fetched, None)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,6 @@ def test_address_is_made_fit(listed: str, fetched: str) -> None:
     ],
 )
 def test_what_is_no_address_of_the_web_is_said_to_be_none(listed: str | None, words: str) -> None:
-    fetched, problem = _fit_for_http(listed)
+    fetched, problem = fit_for_http(listed)
     assert fetched is None
     assert words in (problem or "")

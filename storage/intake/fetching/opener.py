@@ -111,6 +111,12 @@ class Opener(urllib.request.OpenerDirector):
             # The supervisor watches the file grow.
             os.write(self._progress, b".")
 
+    def look(self, url: str, timeout: float) -> None:
+        """Ask for a URL, and hang up when its headers are there. Raises FetchError for what an image must not be kept after."""
+        response = self._follow(url, timeout)
+        response.close()
+        response.hang_up()
+
     def _follow(self, url: str, timeout: float) -> Any:
         deadline = time.monotonic() + self._config.deadline_s
         for _ in range(self._config.max_redirects + 1):
@@ -152,6 +158,7 @@ class Opener(urllib.request.OpenerDirector):
             self._done(url, request, None)
             raise FetchError("opted_out", evidence)
         response.read = functools.partial(self._read, url, request, response)
+        response.hang_up = functools.partial(self._done, url, request, None)
         return response
 
     def _read(self, url: str, request: _Request, response: Any) -> bytes:
