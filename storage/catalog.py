@@ -33,6 +33,7 @@ VIEWS = (
     "images",
     "models",
     "verdicts",
+    "variant_verdicts",
     "clean",
     "rejected",
     "human",
