@@ -133,7 +133,9 @@ class PolicyRun:
         verdicts = "verdict" if _gives_ids(con) else _JOINED
         variant = "" if self.candidates.variant is None else ", $variant AS variant"
         sql = DECIDED.format(verdicts=verdicts, order=order, variant=variant)
-        return con.sql(sql, params=self._given).to_arrow_table().cast(schema_of(self.candidates.table))
+        return (
+            con.sql(sql, params=self._given).to_arrow_table().cast(schema_of(self.candidates.table))
+        )
 
 
 def workers(

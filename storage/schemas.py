@@ -199,7 +199,9 @@ ARMS = pa.schema(
         _column("dropped_web", _INT, "web texts left out; null when it uses none of them"),
         _column("dropped_synthetic", _INT, "the same of synthetic texts"),
         _column("settings", _TEXT, "what all arms of a comparison share, as JSON", False),
-        _column("decoding", _TEXT, "how its synthetic texts were decoded; null without any"),
+        _column(
+            "decoding", _TEXT, "how the captions it saw were decoded; null where it keeps none"
+        ),
     ]
 )
 

@@ -37,7 +37,7 @@ _ARMS = """
 SELECT a.round, policy, params, label, generation, seed, steps, model_id, num_web, num_synthetic, num_human,
     dropped_web, dropped_synthetic, a.settings,
     json_extract_string(r.settings, '$.caption.decoding') AS own_decoding,
-    CASE WHEN num_synthetic > 0 THEN coalesce(a.decoding, own_decoding) END AS decoding
+    coalesce(a.decoding, CASE WHEN num_synthetic > 0 THEN own_decoding END) AS decoding
 FROM arms a
 LEFT JOIN rounds r ON r.round = a.round
 WHERE ($round IS NULL OR a.round = $round) AND ($steps IS NULL OR steps = $steps)
@@ -90,9 +90,9 @@ class ComparedPolicy:
     """What sentences call it: the label, and where decodings are compared the one of its captions."""
     generation: str
     decoding: str | None
-    """How the synthetic texts that it keeps were decoded; None when it keeps none."""
+    """How the captions that it decided on were decoded; None where it keeps none, however they were."""
     noise_ratio: float | None
-    """Share of the synthetic texts that it leaves out (paper, Table 2); None when it keeps none."""
+    """Share of those captions that it leaves out (paper, Table 2); None without `decoding`."""
     has_captioner: bool
     """Whether synthetic texts are kept."""
     has_filter: bool
@@ -175,7 +175,9 @@ def compared(
         figures = _dicts(connection.execute(_FIGURES, asked))
         resamples = _dicts(connection.execute(_RESAMPLES, asked))
         named = {"round": last, "generations": sorted({row["generation"] for row in rows})}
-        noise = {row["generation"]: row["ratio"] for row in _dicts(connection.execute(_NOISE, named))}
+        noise = {
+            row["generation"]: row["ratio"] for row in _dicts(connection.execute(_NOISE, named))
+        }
     rows = [row | {"noise_ratio": noise.get(row["generation"])} for row in rows]
     return _comparison(rows, figures, resamples, generations)
 

@@ -146,14 +146,20 @@ def _shown(comparison: Comparison) -> list[str]:
 
 def _figure_rows(comparison: Comparison) -> list[list[str]]:
     return [
-        [*_about(comparison, row), *(_cell(row, metric, gain=False) for metric in _shown(comparison))]
+        [
+            *_about(comparison, row),
+            *(_cell(row, metric, gain=False) for metric in _shown(comparison)),
+        ]
         for row in comparison.policies
     ]
 
 
 def _gain_rows(comparison: Comparison) -> list[list[str]]:
     return [
-        [*_about(comparison, row), *(_cell(row, metric, gain=True) for metric in _shown(comparison))]
+        [
+            *_about(comparison, row),
+            *(_cell(row, metric, gain=True) for metric in _shown(comparison)),
+        ]
         for row in comparison.policies
         if any(each.gain is not None for each in row.figures)
     ]

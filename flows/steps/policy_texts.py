@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -67,7 +67,7 @@ class PolicyTexts:
     """Web texts left out; None when the policy uses none of them."""
     dropped_synthetic: int | None
     decoding: str | None
-    """How its synthetic texts were decoded; None when it keeps none of them."""
+    """How the captions that it decided on were decoded; None where it keeps none of them, however they were."""
 
 
 def policy_texts(
@@ -104,7 +104,8 @@ def check_variants(run: Run, asked: Sequence[str], variants: Sequence[str]) -> N
         for variant in variants:
             with _named(choice):
                 check_on_variant(choice.policy, choice.policy.params(choice.params), variant)
-    if variants and not any([_keeps_captions(run, choice) for choice in chosen]):
+    keeps = [_keeps_captions(run, choice) for choice in chosen if variants]
+    if variants and not any(keeps):
         raise SettingsError(
             f"compare.decodings {', '.join(run.settings.compare.decodings)}: of the policies {', '.join(asked)} none "
             f"keeps a synthetic text of round {run.round}, so that the decoding changes nothing; add one that does, "
@@ -160,20 +161,17 @@ def _rounds_own(run: Run, name: str, policy: Policy) -> dict[str, Any]:
     return {}
 
 
-def _of_policy(
-    run: Run, choice: _Choice, variants: Sequence[str | None]
-) -> list[PolicyTexts]:
-    """The texts of one policy for each variant, None being the round's own captions; equal ones without a caption once."""
+def _of_policy(run: Run, choice: _Choice, variants: Sequence[str | None]) -> list[PolicyTexts]:
+    """The texts of one policy for each variant, None being the round's own captions; one where none of them keeps a caption."""
     found = [_texts(run, choice, variant) for variant in variants]
-    if all(texts.decoding for texts in found):
-        return found
-    # Without a synthetic text it is the round's own decisions that the arm is named by, whichever decodings are asked for.
+    if any(texts.num_synthetic for texts in found):
+        own = run.settings.caption.decoding
+        pairs = zip(found, variants, strict=True)
+        return [replace(texts, decoding=variant or own) for texts, variant in pairs]
+    # The arm is named by the round's own decisions, whichever decodings are asked for, so that it is trained once.
     plain = found[variants.index(None)] if None in variants else _texts(run, choice, None)
     return list(
-        dict.fromkeys(
-            plain if texts.trained_on == plain.trained_on and not texts.decoding else texts
-            for texts in found
-        )
+        dict.fromkeys(plain if texts.trained_on == plain.trained_on else texts for texts in found)
     )
 
 
@@ -203,7 +201,7 @@ def _texts(run: Run, choice: _Choice, variant: str | None) -> PolicyTexts:
         num_human=rows.get("human", 0),
         dropped_web=dropped.get("web"),
         dropped_synthetic=dropped.get("synthetic"),
-        decoding=(variant or run.settings.caption.decoding) if rows.get("synthetic") else None,
+        decoding=variant or (run.settings.caption.decoding if rows.get("synthetic") else None),
     )
 
 

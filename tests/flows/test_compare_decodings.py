@@ -103,7 +103,11 @@ def test_every_decoding_has_its_row_and_raw_has_one(
     raw, nucleus, beam = comparison.policies
     assert comparison.baseline == "raw"
     assert comparison.has_decodings
-    assert [row.name for row in comparison.policies] == ["raw", f"{BLIP} (nucleus)", f"{BLIP} (beam)"]
+    assert [row.name for row in comparison.policies] == [
+        "raw",
+        f"{BLIP} (nucleus)",
+        f"{BLIP} (beam)",
+    ]
     assert [row.decoding for row in comparison.policies] == [None, "nucleus", "beam"]
     assert (raw.noise_ratio, raw.num_synthetic) == (None, 0)
     lake = Lake.open(str(cycle.lake), read_only=True)
@@ -182,14 +186,18 @@ def test_the_round_and_all_that_was_there_stay_as_they_were(
     plain: FinishedCycle, done: tuple[FinishedCycle, Comparison]
 ) -> None:
     cycle = done[0]
-    was, now = (file_hashes(each.lake, "tables", "rounds", "reports", "shards") for each in (plain, cycle))
+    was, now = (
+        file_hashes(each.lake, "tables", "rounds", "reports", "shards") for each in (plain, cycle)
+    )
     assert {name: now.get(name) for name in was} == was
     for name in set(now) - set(was):
         assert name.split("/")[1] in (*NEW_TABLES, "metrics", "models"), name
     lakes = [Lake.open(str(each.lake), read_only=True) for each in (plain, cycle)]
     untouched = set(VIEWS) - {"models", "lineage", "variant_verdicts"}
     for view in [*untouched, "captions", "scores", "decisions", "pairs", "rounds", "champions"]:
-        first, second = (sorted(map(str, query(lake, f"FROM {view}").to_pylist())) for lake in lakes)
+        first, second = (
+            sorted(map(str, query(lake, f"FROM {view}").to_pylist())) for lake in lakes
+        )
         assert first == second, view
     assert query(lakes[0], "FROM variant_verdicts").num_rows == 0
     assert query(lakes[1], "FROM variant_verdicts").num_rows > 0
@@ -197,7 +205,10 @@ def test_the_round_and_all_that_was_there_stay_as_they_were(
     assert swept[0] == swept[1]
     image_id = query(lakes[0], "SELECT min(image_id) FROM clean").column(0)[0].as_py()
     told = [
-        [(text["caption"], text["scores"], text["decisions"]) for text in why(lake, image_id)["images"][0]["texts"]]
+        [
+            (text["caption"], text["scores"], text["decisions"])
+            for text in why(lake, image_id)["images"][0]["texts"]
+        ]
         for lake in lakes
     ]
     assert told[0] == told[1]
@@ -340,8 +351,16 @@ def _with_captioner(cycle: FinishedCycle, **caption: Any) -> FinishedCycle:
 @pytest.mark.parametrize(
     ("decodings", "caption", "said"),
     [
-        (["beam"], {"captioner": "python:mine.py:build"}, "python:mine.py:build, which decodes as its own"),
-        (["official"], {"captioner": "hf:some/model"}, "released code, and the captioner of round 1 is hf:"),
+        (
+            ["beam"],
+            {"captioner": "python:mine.py:build"},
+            "python:mine.py:build, which decodes as its own",
+        ),
+        (
+            ["official"],
+            {"captioner": "hf:some/model"},
+            "released code, and the captioner of round 1 is hf:",
+        ),
         (["official"], {"top_k": 7}, "'official' does not go with .* round 1: .*fixes top_k at 50"),
     ],
     ids=["plug-in", "foreign", "settings"],
@@ -357,7 +376,11 @@ def test_a_decoding_that_the_captioner_does_not_know_is_refused(
 @pytest.mark.parametrize(
     ("policies", "error", "said"),
     [
-        (["raw", "web_filtered"], SettingsError, "none keeps a synthetic text .*decoding changes nothing"),
+        (
+            ["raw", "web_filtered"],
+            SettingsError,
+            "none keeps a synthetic text .*decoding changes nothing",
+        ),
         (["raw", "top_k:ranked_by=judge_itm_prob"], ConfigError, "none of decoding beam: rank by"),
         (["looks_aside.sql"], ConfigError, "reads table captions, which has nothing of .* beam"),
         (["blipp"], ConfigError, "policy 'blipp' is unknown"),
@@ -399,12 +422,16 @@ def test_a_lake_without_captioner_or_without_the_captions_says_what_to_run(
     cycle = copied(before, tmp_path)
     lake = Lake.open(str(cycle.lake))
     settings = parse_settings(cycle.settings | {"compare": ASKED | {"decodings": ["beam"]}})
-    with pytest.raises(MissingInput, match="3 shards have no variant_captions of round 1, beam-web"):
+    with pytest.raises(
+        MissingInput, match="3 shards have no variant_captions of round 1, beam-web"
+    ):
         plan_arms(Run(lake, settings, 1))
     for part in list_parts(lake, "models", 1):
         if part.name.startswith("captioner-"):
             drop_part(lake, part)
-    with pytest.raises(MissingInput, match="has no captioner of round 1; run `bootstrap finetune-captioner`"):
+    with pytest.raises(
+        MissingInput, match="has no captioner of round 1; run `bootstrap finetune-captioner`"
+    ):
         plan_decodings(Run(lake, settings, 1))
 
 
@@ -413,7 +440,16 @@ def test_the_command_shows_decodings(
 ) -> None:
     cycle = copied(done[0], tmp_path)
     written = tmp_path / "table.json"
-    arguments = ["--config", str(cycle.config), "--seeds", "1", "--steps", "4", "--policies", "raw,blip"]
+    arguments = [
+        "--config",
+        str(cycle.config),
+        "--seeds",
+        "1",
+        "--steps",
+        "4",
+        "--policies",
+        "raw,blip",
+    ]
     arguments += ["--decodings", "nucleus, beam", "--json", str(written)]
     ran = bootstrap("compare", *arguments, cwd=tmp_path, api_url=api_url)
     assert ran.returncode == 0, ran.stdout[-1500:] + ran.stderr[-1500:]
