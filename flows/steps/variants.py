@@ -7,6 +7,7 @@ shard as the round's do; nothing of the round is touched.
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from blip_core import CaptionConfig
 from blip_core.errors import ConfigError
@@ -41,15 +42,16 @@ def variants_asked(run: Run) -> tuple[str, ...]:
 def write_variant(run: Run, variant: str, on_progress: Progress) -> Curated:
     """Caption every web image of the round by another decoding and score what comes out, or find it done.
 
-    A shard that is committed is found again after a kill. Raises Stopped after SIGTERM.
+    Returns what the last pass over the shards came to. A shard that is committed is found again after a kill. Raises
+    Stopped after SIGTERM.
     """
     beside = variant_run(run, variant)
     captioner, scorer = _curators(run)
-    if run.settings.curate.fused:
-        curated = curate_shards(beside, captioner, scorer, on_progress)
-    else:
-        curate_shards(beside, captioner, None, on_progress)
-        curated = curate_shards(beside, None, scorer, on_progress)
+    passes = (
+        [(captioner, scorer)] if run.settings.curate.fused else [(captioner, None), (None, scorer)]
+    )
+    for number, refs in enumerate(passes):
+        curated = curate_shards(beside, *refs, _share(on_progress, number, len(passes)))
     logger.info("round %d: captions of decoding %s are written and scored", run.round, variant)
     return curated
 
@@ -61,9 +63,9 @@ def variant_run(run: Run, variant: str) -> Run:
     """
     caption = run.settings.caption
     began = rounds.settings_of(run.lake, run.round) or {}
-    changes = {name: began[name] for name in ("seed", "model") if name in began}
     count = caption.num_captions if variant in SAMPLED else 1
-    changes["caption"] = {"decoding": variant, "num_captions": count}
+    changes: dict[str, Any] = {"caption": {"decoding": variant, "num_captions": count}}
+    changes |= {name: began[name] for name in ("seed", "model") if name in began}
     return Run(run.lake, run.settings.with_changes(changes), run.round, variant)
 
 
@@ -78,6 +80,11 @@ def require_variant(run: Run, variant: str) -> None:
                 f"{len(missing)} shards have no {table} of round {run.round}, {missing[0]} among them; run "
                 f"`bootstrap compare --decodings {variant}` first"
             )
+
+
+def _share(on_progress: Progress, number: int, passes: int) -> Progress:
+    """The progress of one of several passes over the same rows, as a share of them all."""
+    return lambda done, total, note: on_progress(number * total + done, passes * total, note)
 
 
 def _curators(run: Run) -> tuple[ModelRef, ModelRef]:
