@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 WIDTH = 150
 """Columns of the table where the output is not a terminal."""
+WIDTH_OF_DECODINGS = 20
+"""As many more where it says how captions were decoded."""
 
 Command = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[Any, str, str, Command], argparse.ArgumentParser]
@@ -28,6 +30,9 @@ def register(
     sub = add(commands, "compare", text, _compare)
     settings_options(sub)
     sub.add_argument("--policies", metavar="P,...", help="such as raw,blip,blip:threshold=0.7")
+    sub.add_argument(
+        "--decodings", metavar="D,...", help="of captions, such as nucleus,beam; the round's own"
+    )
     sub.add_argument("--seeds", type=int, help="models of each policy; 3 when not given")
     sub.add_argument("--steps", type=int, help="optimizer steps of each; the retraining's")
     sub.add_argument("--round", type=int, help="round whose texts are used; the latest")
@@ -63,7 +68,8 @@ def show(comparison: Comparison) -> None:
     from flows.comparison import words
     from flows.terminal import console
 
-    wide = Console(width=None if console.is_terminal else WIDTH)
+    width = WIDTH + (WIDTH_OF_DECODINGS if comparison.has_decodings else 0)
+    wide = Console(width=None if console.is_terminal else width)
     for table in words.terminal_tables(comparison):
         wide.print(table)
     for line in [*words.sentences(comparison), *words.notes(comparison)]:
@@ -79,7 +85,7 @@ def _settings(options: argparse.Namespace) -> BootstrapSettings:
     from flows.cli import settings_from
 
     asked = {
-        "policies": options.policies.split(",") if options.policies is not None else None,
+        **{name: _named(getattr(options, name)) for name in ("policies", "decodings")},
         "seeds": options.seeds,
         "steps": options.steps,
         "round": options.round,
@@ -87,6 +93,10 @@ def _settings(options: argparse.Namespace) -> BootstrapSettings:
     }
     given = {name: value for name, value in asked.items() if value is not None}
     return settings_from(options, **({"compare": given} if given else {}))
+
+
+def _named(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def _refuse_unwritable(options: argparse.Namespace) -> None:

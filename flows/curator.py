@@ -80,7 +80,8 @@ def main(socket_fd: int) -> None:
     settings = parse_settings(job["settings"])
     torch.set_num_threads(settings.machine.num_threads or 1)
     scratch = Path(job["scratch"]) if job["scratch"] else None
-    run = Run(Lake.open(settings.machine.lake, scratch_root=scratch), settings, job["round"])
+    lake = Lake.open(settings.machine.lake, scratch_root=scratch)
+    run = Run(lake, settings, job["round"], job["variant"])
     with stopped_by_sigterm() as stop:
         link = Link(connection, stop)
         try:

@@ -197,6 +197,7 @@ class Curators:
         return {
             "settings": settings.model_dump(mode="json"),
             "round": self._run.round,
+            "variant": self._run.variant,
             "scratch": str(self._run.lake.scratch_root) if self._run.lake.scratch_root else None,
             "refs": self._refs,
             "expected": expected,

@@ -78,6 +78,17 @@ def _registered_plugin(run: Run, role: Role, reference: str, where: str) -> Mode
     )
 
 
+def require_unchanged(ref: ModelRef) -> None:
+    """SettingsError unless the weights of a foreign model are still those that a round recorded."""
+    kind, where = split(ref.path)
+    now = foreign_model_id(where, of_open_clip=kind == "open_clip")
+    if now != ref.model_id:
+        raise SettingsError(
+            f"{ref.path} has other weights ({now[:8]}) than round {ref.round} worked with ({ref.model_id[:8]}): put "
+            "those back"
+        )
+
+
 def load_blip(where: str, settings: BootstrapSettings) -> LoadedModel:
     """A BLIP of transformers, of its authors or of ours, with its own tokenizer or, without one, the settings'.
 

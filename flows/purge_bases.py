@@ -23,6 +23,7 @@ from storage import (
     PartRef,
     committed_part,
     connect,
+    layout,
     list_parts,
     part_manifest,
     read_part,
@@ -60,14 +61,30 @@ def _of_shard(lake: Lake, pairs: PartRef, gone: set[str]) -> Iterator[Change]:
     left = [image_id for image_id in ids if image_id not in gone]
     web = _texts(lake, committed_part(lake, "captions", pairs.name, round=0))
     for record in rounds.list_rounds(lake):
-        captions = committed_part(lake, "captions", pairs.name, round=record.round)
-        if captions is not None:
-            yield captions.path, images_input(ids), images_input(left)
-        scores = committed_part(lake, "scores", pairs.name, round=record.round)
-        if scores is not None:
-            texts = web + _texts(lake, captions)
-            kept = [caption_id for caption_id, image_id in texts if image_id not in gone]
-            yield scores.path, texts_input(each[0] for each in texts), texts_input(kept)
+        for variant in [None, *_variants(lake, pairs, record.round)]:
+            captions, scores = (
+                committed_part(
+                    lake,
+                    layout.variant_table(table, variant),
+                    layout.variant_part(pairs.name, variant),
+                    round=record.round,
+                )
+                for table in ("captions", "scores")
+            )
+            if captions is not None:
+                yield captions.path, images_input(ids), images_input(left)
+            if scores is not None:
+                # Web texts have their scores from the round.
+                texts = [*(web if variant is None else []), *_texts(lake, captions)]
+                kept = [caption_id for caption_id, image_id in texts if image_id not in gone]
+                yield scores.path, texts_input(each[0] for each in texts), texts_input(kept)
+
+
+def _variants(lake: Lake, pairs: PartRef, round: int) -> list[str]:
+    """Other decodings whose captions of a shard lie beside a round's."""
+    parts = list_parts(lake, "variant_captions", round)
+    ending = f"-{pairs.name}"
+    return [part.name.removesuffix(ending) for part in parts if part.name.endswith(ending)]
 
 
 def _texts(lake: Lake, part: PartRef | None) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ def _hide_defaults(schema: dict[str, Any]) -> None:
 
 
 InferenceType = Literal["float32", "bfloat16", "float16"]
+Decoding = Literal["nucleus", "greedy", "beam", "official"]
 BatchSetting = Annotated[int, Field(ge=1)] | Literal["auto"]
 
 
@@ -238,7 +239,7 @@ class ModelSettings(Section):
 class CaptionSettings(Section):
     """How the captioner writes (paper, section 3.3: nucleus sampling, p = 0.9)."""
 
-    decoding: Literal["nucleus", "greedy", "beam", "official"] = "nucleus"
+    decoding: Decoding = "nucleus"
     """Decoding method; official samples as BLIP's released code does, which counts the prompt in min and max_new_tokens."""
     top_p: float = Field(default=0.9, gt=0, le=1)
     """Nucleus mass."""

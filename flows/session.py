@@ -36,10 +36,14 @@ class Run:
     Deliberately not a dataclass: Prefect walks dataclasses in task parameters field by field.
     """
 
-    def __init__(self, lake: Lake, settings: BootstrapSettings, round: int) -> None:
+    def __init__(
+        self, lake: Lake, settings: BootstrapSettings, round: int, variant: str | None = None
+    ) -> None:
+        """With a `variant`, captions and scores are those of another decoding, beside the round's own."""
         self.lake = lake
         self.settings = settings
         self.round = round
+        self.variant = variant
 
     @property
     def device(self) -> torch.device:

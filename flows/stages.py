@@ -185,16 +185,18 @@ def gate(settings: BootstrapSettings) -> Verdict:
 def compare(settings: BootstrapSettings) -> Comparison:
     """New models of several policies on one round's texts, measured alike: did filtering and captioning pay?
 
-    No round takes part in it: it changes no verdict, no champion and no view of a round.
+    With decodings, on captions of each (paper, Table 2). No round takes part in it: it changes no verdict, no champion
+    and no view of a round.
     """
     wanted = settings.compare.round
     with open_beside(settings, purpose="compare", round=wanted) as run:
+        for decoding in tasks.plan_decodings_task(run):
+            with StageProgress(f"{decoding} captions", "Web rows", run.round) as progress:
+                tasks.write_variant_task(run, decoding, progress)
         arms = tasks.plan_arms_task(run)
         for number, arm in enumerate(arms):
-            stage = f"{arm.texts.policy} {arm.seed}"
-            with StageProgress(
-                stage, f"Arm {number + 1} of {len(arms)}: steps", run.round
-            ) as progress:
+            about = f"Arm {number + 1} of {len(arms)}: steps"
+            with StageProgress(arm.title, about, run.round) as progress:
                 tasks.run_arm_task(run, arm, progress)
         comparison = compared(
             run.lake,

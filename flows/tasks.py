@@ -25,6 +25,7 @@ from flows.steps import (
     ingest,
     judge,
     train,
+    variants,
     write_report,
 )
 from storage import TransientError
@@ -66,6 +67,8 @@ score_canaries_task = pipeline_task(canaries.score_canaries, "score-canaries", "
 judge_sample_task = pipeline_task(judge.judge_sample, "judge-sample", "device")
 audit_round_task = pipeline_task(audit.audit_round, "audit")
 evaluate_model_task = pipeline_task(evaluate.evaluate_model, "evaluate-model", "device")
+plan_decodings_task = pipeline_task(arms.plan_decodings, "plan-decodings")
+write_variant_task = pipeline_task(variants.write_variant, "write-variant", "device")
 plan_arms_task = pipeline_task(arms.plan_arms, "plan-arms")
 run_arm_task = pipeline_task(arms.run_arm, "run-arm", "device")
 write_report_task = pipeline_task(write_report.write_report, "report")

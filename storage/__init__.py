@@ -30,7 +30,7 @@ from storage.intake.human import CaptionSetConfig, ingest_captions
 from storage.intake.url_list import UrlListConfig
 from storage.intake.web import ingest_urls
 from storage.lake import Lake
-from storage.policy import decide
+from storage.policy import decide, decide_variant
 from storage.registry import ModelRef, local_folder
 from storage.shards import ShardRef, iter_shard, read_image
 from storage.tables import (
@@ -84,6 +84,7 @@ __all__ = [
     "committed_part",
     "connect",
     "decide",
+    "decide_variant",
     "drop_part",
     "fingerprint",
     "fingerprint_of",

@@ -33,17 +33,26 @@ CHUNK_TEXTS = 400_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidates:
-    """The parts that hold the texts of one round with their numbers, by shard."""
+    """The parts that hold the texts of one round with their numbers, by shard.
+
+    With a variant, the synthetic ones are those that another decoding wrote; the web ones are the round's, with its scores.
+    """
 
     lake: Lake
     round: int
     shards: dict[str, dict[str, PartRef]]
-    """By name of the shard: its parts, by pairs, web, synthetic, scores."""
+    """By name of the shard: its parts, by pairs, web, synthetic, scores and, with a variant, variant_scores."""
+    variant: str | None = None
+
+    @property
+    def table(self) -> str:
+        """The table that decisions on these texts belong to."""
+        return layout.variant_table("decisions", self.variant)
 
     @property
     def inputs(self) -> list[str]:
         """Fingerprints of what decisions are made from."""
-        read = ("web", "synthetic", "scores")
+        read = ("web", "synthetic", "scores", "variant_scores")
         found = (parts[kind] for parts in self.shards.values() for kind in read if kind in parts)
         return sorted(part.fingerprint for part in found)
 
@@ -73,7 +82,8 @@ class Candidates:
         them. A caption_id is unique.
         """
         lake, round = self.lake, self.round
-        parts: dict[str, list[PartRef]] = {"pairs": [], "web": [], "synthetic": [], "scores": []}
+        kinds = ("pairs", "web", "synthetic", "scores", "variant_scores")
+        parts: dict[str, list[PartRef]] = {kind: [] for kind in kinds}
         for name in sorted(self.shards) if shards is None else shards:
             for kind, part in self.shards[name].items():
                 parts[kind].append(part)
@@ -85,14 +95,15 @@ class Candidates:
             table = "s" if column in of_scores else "j" if column in of_judge else "c"
             table = "p" if column == "source_name" else table
             picked.append(f"{table}.{(of_scores | of_judge).get(column, column)} AS {column}")
+        tables = {"web": "captions", "synthetic": layout.variant_table("captions", self.variant)}
         texts = " UNION ALL ".join(
             f"SELECT caption_id, image_id, source, caption "
-            f"FROM ({rows_of(lake, 'captions', parts[source])}) "
+            f"FROM ({rows_of(lake, table, parts[source])}) "
             f"WHERE source = '{source}' AND status = 'ok'"
-            for source in ("web", "synthetic")
+            for source, table in tables.items()
         )
         if set(of_scores) & set(columns):
-            scores = rows_of(lake, "scores", parts["scores"])
+            scores = self._scores(parts)
             joins.append(
                 f"LEFT JOIN ({scores}) s ON s.caption_id = c.caption_id AND s.round = {round}"
             )
@@ -108,11 +119,23 @@ class Candidates:
             )
         return f"SELECT {', '.join(picked)} FROM ({texts}) c {' '.join(joins)}"
 
+    def _scores(self, parts: dict[str, list[PartRef]]) -> str:
+        """Scores of all texts; with a variant, those of its captions take the place of the round's, text by text."""
+        own = rows_of(self.lake, "scores", parts["scores"])
+        if self.variant is None:
+            return own
+        theirs = rows_of(self.lake, "variant_scores", parts["variant_scores"])
+        return (
+            f"SELECT * FROM ({theirs}) UNION ALL BY NAME "
+            f"SELECT * FROM ({own}) ANTI JOIN ({theirs}) USING (caption_id)"
+        )
 
-def candidates_of(lake: Lake, round: int) -> Candidates:
+
+def candidates_of(lake: Lake, round: int, variant: str | None = None) -> Candidates:
     """The parts of a round's texts: what this round and those before it took in, and its synthetic ones.
 
-    Shards are named by the round that took them in; a round decides on what it had.
+    Shards are named by the round that took them in; a round decides on what it had. With a variant, the synthetic
+    texts are those that another decoding wrote of the round's images.
     """
     shards: dict[str, dict[str, PartRef]] = {}
     later = layout.web_shards(round + 1)
@@ -123,10 +146,13 @@ def candidates_of(lake: Lake, round: int) -> Candidates:
     }
     for kind, table, of in (
         ("web", "captions", 0),
-        ("synthetic", "captions", round),
+        ("synthetic", layout.variant_table("captions", variant), round),
         ("scores", "scores", round),
+        *((("variant_scores", "variant_scores", round),) if variant else ()),
     ):
+        prefix = layout.variant_part("", variant) if table.startswith("variant_") else ""
         for ref in list_parts(lake, table, of, check=True):
-            if ref.name in shards:
-                shards[ref.name][kind] = ref
-    return Candidates(lake=lake, round=round, shards=shards)
+            name = ref.name.removeprefix(prefix)
+            if ref.name.startswith(prefix) and name in shards:
+                shards[name][kind] = ref
+    return Candidates(lake=lake, round=round, shards=shards, variant=variant)

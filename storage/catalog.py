@@ -34,6 +34,7 @@ VIEWS = (
     "images",
     "models",
     "verdicts",
+    "variant_verdicts",
     "clean",
     "rejected",
     "human",

@@ -123,6 +123,16 @@ def web_shards(round: int, position: int | None = None) -> str:
     return f"web-{round:04d}-" if position is None else f"web-{round:04d}-{position:02d}"
 
 
+def variant_table(table: str, variant: str | None) -> str:
+    """The table beside `table` that holds the same of another decoding's captions; `table` itself without a variant."""
+    return table if variant is None else f"variant_{table}"
+
+
+def variant_part(shard: str, variant: str | None) -> str:
+    """The name of the part that is made from a shard; those of several variants lie side by side."""
+    return shard if variant is None else f"{variant}-{shard}"
+
+
 def part_name(source: str, index: int) -> str:
     """The name of the index-th shard of a source, and of the parts made from it."""
     return f"{source}-{index:05d}"

@@ -23,6 +23,8 @@ from storage.tables import Counts, OnStale, PartRef, commit_batches, committed_p
 
 STAGE_VERSION = 2
 TIME_LIMIT_S = 3600.0
+OF_THE_ROUND = frozenset({"captions", "scores", "decisions", "judgements"})
+"""Tables that hold nothing of the captions of another decoding."""
 
 
 def decide(
@@ -48,19 +50,77 @@ def decide(
     """
     chosen = read_policy(policy)
     values = chosen.params(params or {})
-    generation = chosen.generation(values)
     candidates = candidates_of(lake, round)
+    ref = _found_or_decided(candidates, chosen, values, on_stale, memory_limit, time_limit_s)
+    note_generation(lake, round, chosen.name, ref.name, activate=activate, of_round=of_round)
+    return ref
+
+
+def decide_variant(
+    lake: Lake,
+    round: int,
+    variant: str,
+    policy: str = "blip",
+    params: Mapping[str, Any] | None = None,
+    *,
+    on_stale: OnStale = "error",
+    memory_limit: str = "2GB",
+    time_limit_s: float = TIME_LIMIT_S,
+) -> PartRef:
+    """Decide on a round's web texts and the captions that another decoding wrote: rows of `variant_decisions`.
+
+    Beside the round: no view but `variant_verdicts` shows them, and they never count. Raises as `decide`, and
+    ConfigError for a policy that would look at the round's own captions.
+    """
+    chosen = read_policy(policy)
+    values = chosen.params(params or {})
+    check_on_variant(chosen, values, variant)
+    candidates = candidates_of(lake, round, variant)
+    return _found_or_decided(candidates, chosen, values, on_stale, memory_limit, time_limit_s)
+
+
+def check_on_variant(policy: Policy, params: dict[str, Value], variant: str) -> None:
+    """ConfigError for a policy that cannot decide on captions of another decoding: it asks what only the round's have."""
+    if judged := set(JUDGES_NUMBERS) & set(params.values()):
+        raise ConfigError(
+            f"policy {policy.name} ranks by {min(judged)}, and the judge has only seen the round's own captions, none "
+            f"of decoding {variant}: rank by itm_prob or itc_sim"
+        )
+    parsed = check_policy(policy, params)
+    tables = {each.name.lower() for each in parsed.named() if each.kind == "table"}
+    if read := (tables & OF_THE_ROUND) - {name.lower() for name in parsed.ctes()}:
+        raise ConfigError(
+            f"policy {policy.name} reads table {min(read)}, which has nothing of the captions of decoding {variant}: "
+            "let it read candidates alone"
+        )
+
+
+def _found_or_decided(
+    candidates: Candidates,
+    policy: Policy,
+    params: dict[str, Value],
+    on_stale: OnStale,
+    memory_limit: str,
+    time_limit_s: float,
+) -> PartRef:
+    config = {"policy": policy.name, "params": params, "sql_sha256": policy.sql_sha256}
     basis = basis_of(
         "decide",
         STAGE_VERSION,
-        {"policy": chosen.name, "params": values, "sql_sha256": chosen.sql_sha256},
+        config | ({"variant": candidates.variant} if candidates.variant else {}),
         candidates.inputs
-        + (candidates.judged if set(values.values()) & set(JUDGES_NUMBERS) else []),
+        + (candidates.judged if set(params.values()) & set(JUDGES_NUMBERS) else []),
     )
-    ref = committed_part(lake, "decisions", generation, round=round, basis=basis, on_stale=on_stale)
+    ref = committed_part(
+        candidates.lake,
+        candidates.table,
+        policy.generation(params, candidates.variant),
+        round=candidates.round,
+        basis=basis,
+        on_stale=on_stale,
+    )
     if ref is None:
-        ref = _decide(candidates, chosen, values, basis, memory_limit, time_limit_s)
-    note_generation(lake, round, chosen.name, generation, activate=activate, of_round=of_round)
+        ref = _decide(candidates, policy, params, basis, memory_limit, time_limit_s)
     return ref
 
 
@@ -87,8 +147,8 @@ def _decide(
     with catalog.disk_watched(lake, layout.WORK):
         return commit_batches(
             lake,
-            "decisions",
-            policy.generation(params),
+            candidates.table,
+            policy.generation(params, candidates.variant),
             running.batches(),
             round=round,
             basis=basis,

@@ -39,10 +39,14 @@ class Policy:
         """Every parameter's value, given or default; ConfigError for one that does not fit."""
         return filled(self.header, self.name, given)
 
-    def generation(self, params: Mapping[str, Value]) -> str:
-        """The name of the decisions made with some parameters: the policy's, and a hash of all that decides."""
+    def generation(self, params: Mapping[str, Value], variant: str | None = None) -> str:
+        """The name of the decisions made with some parameters: the policy's, and a hash of all that decides.
+
+        Those on captions of another decoding have its name at the end.
+        """
         basis = {"policy": self.name, "params": dict(params), "sql_sha256": self.sql_sha256}
-        return f"{self.name}-{fingerprint_of(basis)[:GENERATION_DIGITS]}"
+        digits = fingerprint_of(basis)[:GENERATION_DIGITS]
+        return "-".join([self.name, digits, *([variant] if variant else [])])
 
     @property
     def summary(self) -> str:

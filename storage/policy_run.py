@@ -22,12 +22,12 @@ from storage.fingerprint import canonical
 from storage.policy_file import Policy
 from storage.policy_header import Value
 from storage.policy_sql import MADE_CUTS, ParsedPolicy, bare, failed
-from storage.schemas import DECISIONS
+from storage.schemas import schema_of
 
 DECIDED = """
 SELECT
     caption_id, image_id, source, CAST($round AS INTEGER) AS round, $policy AS policy, $params AS params,
-    kept, reason, $generation AS generation
+    kept, reason, $generation AS generation{variant}
 FROM {verdicts}
 {order}
 """
@@ -63,8 +63,10 @@ class PolicyRun:
             "round": candidates.round,
             "policy": self.policy.name,
             "params": canonical(self.params),
-            "generation": self.policy.generation(self.params),
+            "generation": self.policy.generation(self.params, candidates.variant),
         }
+        if candidates.variant is not None:
+            self._given["variant"] = candidates.variant
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Rows of `decisions`, in an order that depends on nothing but the parts.
@@ -129,8 +131,11 @@ class PolicyRun:
         num_texts, kept = check_complete(con, self.policy)
         self.counts.update(texts=num_texts, kept=kept, dropped=num_texts - kept)
         verdicts = "verdict" if _gives_ids(con) else _JOINED
-        sql = DECIDED.format(verdicts=verdicts, order=order)
-        return con.sql(sql, params=self._given).to_arrow_table().cast(DECISIONS)
+        variant = "" if self.candidates.variant is None else ", $variant AS variant"
+        sql = DECIDED.format(verdicts=verdicts, order=order, variant=variant)
+        return (
+            con.sql(sql, params=self._given).to_arrow_table().cast(schema_of(self.candidates.table))
+        )
 
 
 def workers(

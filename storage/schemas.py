@@ -107,6 +107,13 @@ DECISIONS = pa.schema(
     ]
 )
 
+_VARIANT = _column("variant", _TEXT, "decoding of its captions, another than the round's", False)
+
+# What a comparison makes of captions that another decoding wrote: apart, so that nothing takes it for the round's.
+VARIANT_CAPTIONS = CAPTIONS.append(_VARIANT)
+VARIANT_SCORES = SCORES.append(_VARIANT)
+VARIANT_DECISIONS = DECISIONS.append(_VARIANT)
+
 MODEL_RECORDS = pa.schema(
     [
         _column("model_id", _TEXT, "first 32 hex digits of the sha256 of its weights", False),
@@ -196,6 +203,9 @@ ARMS = pa.schema(
         _column("dropped_web", _INT, "web texts left out; null when it uses none of them"),
         _column("dropped_synthetic", _INT, "the same of synthetic texts"),
         _column("settings", _TEXT, "what all arms of a comparison share, as JSON", False),
+        _column(
+            "decoding", _TEXT, "how the captions it saw were decoded; null where it keeps none"
+        ),
     ]
 )
 
@@ -304,9 +314,13 @@ TABLES: dict[str, pa.Schema] = {
     "arms": ARMS,
     "arm_resamples": ARM_RESAMPLES,
     "purged": PURGED,
+    "variant_captions": VARIANT_CAPTIONS,
+    "variant_scores": VARIANT_SCORES,
+    "variant_decisions": VARIANT_DECISIONS,
 }
 
 ADDED_LATER = {
+    "arms": ("decoding",),
     "decisions": ("generation",),
     "metrics": ("protocol",),
     "pairs": ("looks",),

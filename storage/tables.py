@@ -31,11 +31,15 @@ logger = logging.getLogger(__name__)
 ROW_GROUP_ROWS = 65_536
 """Rows of a row group: fixed, so that the same rows give the same bytes."""
 
-_IDS_DIFFER = {
+_IDS_DIFFER: dict[str, Any] = {
     "compression_level": 1,
     "use_dictionary": ["source", "round", "policy", "params", "kept", "reason", "generation"],
 }
-_WRITERS: dict[str, dict[str, Any]] = {"decisions": _IDS_DIFFER}
+_WRITERS: dict[str, dict[str, Any]] = {
+    "decisions": _IDS_DIFFER,
+    "variant_decisions": _IDS_DIFFER
+    | {"use_dictionary": [*_IDS_DIFFER["use_dictionary"], "variant"]},
+}
 """Ids of 32 random hex digits: no dictionary holds them, and the least effort makes them as small as more does."""
 
 _LOOKED_UP: dict[str, tuple[str, ...]] = {

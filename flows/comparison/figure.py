@@ -134,7 +134,7 @@ def panel(comparison: Comparison, metric: str) -> str:
             f'<text class="tick" x="{at}" y="{bottom + 16}" text-anchor="middle">{tick_label(tick)}</text>'
         )
     for row, figure in rows:
-        if row.label == comparison.baseline:
+        if row.name == comparison.baseline:
             left, right = x(figure.mean.low), x(figure.mean.high)
             mean = f"{x(figure.mean.value):.1f}"
             parts.append(
@@ -169,12 +169,12 @@ def _mark(
     style, words = _judged(figure)
     mean = figure.mean
     said = (
-        f"{row.label}: {100 * mean.value:.1f}, {100 * mean.low:.1f} to {100 * mean.high:.1f}{words}"
+        f"{row.name}: {100 * mean.value:.1f}, {100 * mean.low:.1f} to {100 * mean.high:.1f}{words}"
     )
     dots = "".join(f'<circle class="seed {style}" cx="{s:.1f}" cy="{y}" r="2.6"/>' for s in seeds)
     return (
         f'<g><title>{escape(said)}</title><text class="label" x="0" y="{y + 4}">'
-        f"{escape(_short(row.label))}</text>"
+        f"{escape(_short(row))}</text>"
         f'<line class="whisker {style}" x1="{places["low"]:.1f}" x2="{places["high"]:.1f}" y1="{y}" '
         f'y2="{y}"/>{dots}<circle class="mean {style}" cx="{places["value"]:.1f}" cy="{y}" r="5"/></g>'
     )
@@ -207,8 +207,12 @@ def _lines(lines: Sequence[str], top: int) -> list[str]:
     ]
 
 
-def _short(label: str) -> str:
-    return label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 1]}…"
+def _short(row: ComparedPolicy) -> str:
+    """The row's name, no longer than there is room for; of a long one the decoding at its end stays."""
+    if len(row.name) <= MAX_LABEL:
+        return row.name
+    end = row.name.removeprefix(row.label)
+    return f"{row.label[: MAX_LABEL - len(end) - 1]}…{end}"
 
 
 def _folded(text: str, width: int = 118) -> list[str]:

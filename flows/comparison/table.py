@@ -32,12 +32,25 @@ METRICS = {
 UNBOUNDED = ("cider",)
 """Metrics that may be above 1; all others are shares or like shares."""
 
+# Arms of older programs do not say how their captions were decoded: as the round's.
 _ARMS = """
-SELECT round, policy, params, label, generation, seed, steps, model_id, num_web, num_synthetic, num_human,
-    dropped_web, dropped_synthetic, settings
-FROM arms
-WHERE ($round IS NULL OR round = $round) AND ($steps IS NULL OR steps = $steps)
-ORDER BY round, steps, seed
+SELECT a.round, policy, params, label, generation, seed, steps, model_id, num_web, num_synthetic, num_human,
+    dropped_web, dropped_synthetic, a.settings,
+    json_extract_string(r.settings, '$.caption.decoding') AS own_decoding,
+    coalesce(a.decoding, CASE WHEN num_synthetic > 0 THEN own_decoding END) AS decoding
+FROM arms a
+LEFT JOIN rounds r ON r.round = a.round
+WHERE ($round IS NULL OR a.round = $round) AND ($steps IS NULL OR steps = $steps)
+ORDER BY a.round, steps, seed
+"""
+_NOISE = """
+SELECT generation, count(*) FILTER (NOT kept) / count(*) AS ratio
+FROM (
+    SELECT round, generation, source, kept FROM decisions
+    UNION ALL SELECT round, generation, source, kept FROM variant_decisions
+)
+WHERE round = $round AND source = 'synthetic' AND list_contains($generations, generation)
+GROUP BY generation
 """
 # Rows of an arm that two policies share are there once.
 _FIGURES = """
@@ -73,7 +86,13 @@ class ComparedPolicy:
     """As a JSON object."""
     label: str
     """Policy, and its parameters that are not the default, as the command takes them."""
+    name: str
+    """What sentences call it: the label, and where decodings are compared the one of its captions."""
     generation: str
+    decoding: str | None
+    """How the captions that it decided on were decoded; None where it keeps none, however they were."""
+    noise_ratio: float | None
+    """Share of those captions that it leaves out (paper, Table 2); None without `decoding`."""
     has_captioner: bool
     """Whether synthetic texts are kept."""
     has_filter: bool
@@ -107,7 +126,9 @@ class Comparison:
     num_images: int
     """Held-out images that all are measured on."""
     baseline: str | None
-    """Label of the policy that the others are compared with; None where nothing else was."""
+    """Name of the policy that the others are compared with; None where nothing else was."""
+    has_decodings: bool
+    """Whether captions of another decoding than the round's are among what is compared."""
     policies: tuple[ComparedPolicy, ...]
 
     @property
@@ -134,7 +155,8 @@ def compared(
 
     Without a round the latest that was compared, without steps those that most models were trained for, without
     generations or seeds all there are. Policies come in the order of `generations`, else as the paper's Table 1
-    has them: without captioner and filter, with the filter, with the captioner, with both.
+    has them: without captioner and filter, with the filter, with the captioner, with both; a policy on the round's own
+    captions before the same on others.
     """
     with connect(lake) as connection:
         rows = _dicts(connection.execute(_ARMS, {"round": round, "steps": steps}))
@@ -152,6 +174,11 @@ def compared(
         asked = {"round": last, "models": sorted({row["model_id"] for row in rows})}
         figures = _dicts(connection.execute(_FIGURES, asked))
         resamples = _dicts(connection.execute(_RESAMPLES, asked))
+        named = {"round": last, "generations": sorted({row["generation"] for row in rows})}
+        noise = {
+            row["generation"]: row["ratio"] for row in _dicts(connection.execute(_NOISE, named))
+        }
+    rows = [row | {"noise_ratio": noise.get(row["generation"])} for row in rows]
     return _comparison(rows, figures, resamples, generations)
 
 
@@ -183,14 +210,18 @@ def _comparison(
     for metric, label in METRICS.items():
         for name, figure in _figures(metric, label, arms, known, base).items():
             compared_figures[name].append(figure)
-    policies = tuple(_policy(by_policy[name], compared_figures[name]) for name in order)
-    baseline = next(row.label for row in policies if row.generation == base)
+    has_decodings = any(row["decoding"] not in (None, row["own_decoding"]) for row in rows)
+    policies = tuple(
+        _policy(by_policy[name], compared_figures[name], has_decodings) for name in order
+    )
+    baseline = next(row.name for row in policies if row.generation == base)
     return Comparison(
         round=rows[0]["round"],
         steps=rows[0]["steps"],
         batch_size=json.loads(rows[0]["settings"])["train"]["batch_size"],
         num_images=max((row["n"] for row in figures if row["metric"] == "mean_recall"), default=0),
         baseline=baseline if len(policies) > 1 else None,
+        has_decodings=has_decodings,
         policies=policies,
     )
 
@@ -234,12 +265,18 @@ def _within_range(estimate: Estimate, metric: str) -> Estimate:
     return replace(estimate, low=max(0.0, estimate.low), high=high)
 
 
-def _policy(rows: list[dict[str, Any]], figures: list[ComparedFigure]) -> ComparedPolicy:
+def _policy(
+    rows: list[dict[str, Any]], figures: list[ComparedFigure], has_decodings: bool
+) -> ComparedPolicy:
     first = rows[0]
+    label, decoding = first["label"], first["decoding"]
     return ComparedPolicy(
         policy=first["policy"],
         params=first["params"],
-        label=first["label"],
+        label=label,
+        name=f"{label} ({decoding})" if has_decodings and decoding else label,
+        decoding=decoding,
+        noise_ratio=first["noise_ratio"] if decoding else None,
         generation=first["generation"],
         has_captioner=bool(first["num_synthetic"]),
         has_filter=bool(first["dropped_web"] or first["dropped_synthetic"]),
@@ -254,10 +291,12 @@ def _policy(rows: list[dict[str, Any]], figures: list[ComparedFigure]) -> Compar
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Of a policy in the table: the paper's four first, in its order, then others by name."""
+    """Of a policy in the table: the paper's four first, in its order, then others by name; the round's own captions first."""
     paper = ("raw", "web_filtered", "all", "blip")
-    name = row["policy"]
-    return (paper.index(name) if name in paper else len(paper), name, row["params"])
+    name, decoding = row["policy"], row["decoding"]
+    is_other = decoding != row["own_decoding"]
+    place = paper.index(name) if name in paper else len(paper)
+    return (place, name, row["params"], is_other, decoding or "")
 
 
 def _dicts(answer: Any) -> list[dict[str, Any]]:

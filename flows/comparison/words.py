@@ -25,7 +25,9 @@ SHORT = {
     "bleu4": "BLEU-4",
     "caption_truth": "true captions",
 }
-MIN_WIDTHS = {"C": 1, "F": 1, "policy": 12, "texts": 5, "seeds": 5}
+MIN_WIDTHS = {"C": 1, "F": 1, "policy": 12, "captions": 8, "noise": 5, "texts": 5, "seeds": 5}
+WORDS = ("C", "F", "policy", "captions")
+"""Columns of the table that hold no numbers."""
 FIGURE_WIDTH = 14
 """Of a column of the terminal with values and their intervals."""
 NO_FIGURE = "-"
@@ -42,10 +44,10 @@ def terminal_tables(comparison: Comparison) -> list[Table]:
             continue
         shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         names = _names(comparison)
-        for position, name in enumerate(names):
+        for name in names:
             shown.add_column(
                 name,
-                justify="left" if position < 3 else "right",
+                justify="left" if name in WORDS else "right",
                 overflow="fold",
                 min_width=MIN_WIDTHS.get(name, FIGURE_WIDTH),
             )
@@ -87,19 +89,21 @@ def sentences(comparison: Comparison) -> list[str]:
                 if everything
                 else f"within noise in {', '.join(within)}"
             )
-        found.append(f"{row.label} against {comparison.baseline}: {'; '.join(parts)}.")
+        found.append(f"{row.name} against {comparison.baseline}: {'; '.join(parts)}.")
     return found
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """What the intervals cover, and what they do not."""
+    """How noisy each decoding's captions are, what the intervals cover, and what they do not."""
     images = f"{comparison.num_images} held-out images"
+    found = _noise_notes(comparison)
     if not comparison.covers_seeds:
         return [
+            *found,
             f"Intervals are 95 %, over {images} only. With one seed they say nothing about other seeds: what looks "
-            "clear may be luck. Run again with --seeds 3 or more."
+            "clear may be luck. Run again with --seeds 3 or more.",
         ]
-    found = [f"Intervals are 95 %, over seeds and {images}."]
+    found.append(f"Intervals are 95 %, over seeds and {images}.")
     figures = sum(each.gain is not None for row in comparison.policies for each in row.figures)
     if figures > 1:
         found.append(
@@ -109,16 +113,31 @@ def notes(comparison: Comparison) -> list[str]:
     return found
 
 
+def _noise_notes(comparison: Comparison) -> list[str]:
+    """What share of each decoding's captions each policy drops, in words."""
+    by_label: dict[str, list[str]] = {}
+    for row in comparison.policies if comparison.has_decodings else ():
+        if row.noise_ratio is not None:
+            share = f"{_plain(row.noise_ratio)} % with {row.decoding}"
+            by_label.setdefault(row.label, []).append(share)
+    return [
+        f"Noise, the share of the captions that {label} drops: {', '.join(shares)}."
+        for label, shares in by_label.items()
+    ]
+
+
 def _title(comparison: Comparison) -> str:
+    noise = "; noise: dropped captions in %" if comparison.has_decodings else ""
     return (
         f"Round {comparison.round}: new models, {comparison.steps} steps of {comparison.batch_size} pairs each, "
-        f"on {comparison.num_images} held-out images (C: captioner, F: filter; figures x 100)"
+        f"on {comparison.num_images} held-out images (C: captioner, F: filter{noise}; figures x 100)"
     )
 
 
 def _names(comparison: Comparison) -> list[str]:
     metrics = [SHORT[metric] for metric in _shown(comparison)]
-    return ["C", "F", "policy", "texts", "seeds", *metrics]
+    decodings = ["captions", "noise"] if comparison.has_decodings else []
+    return ["C", "F", "policy", *decodings, "texts", "seeds", *metrics]
 
 
 def _shown(comparison: Comparison) -> list[str]:
@@ -127,22 +146,30 @@ def _shown(comparison: Comparison) -> list[str]:
 
 def _figure_rows(comparison: Comparison) -> list[list[str]]:
     return [
-        [*_about(row), *(_cell(row, metric, gain=False) for metric in _shown(comparison))]
+        [
+            *_about(comparison, row),
+            *(_cell(row, metric, gain=False) for metric in _shown(comparison)),
+        ]
         for row in comparison.policies
     ]
 
 
 def _gain_rows(comparison: Comparison) -> list[list[str]]:
     return [
-        [*_about(row), *(_cell(row, metric, gain=True) for metric in _shown(comparison))]
+        [
+            *_about(comparison, row),
+            *(_cell(row, metric, gain=True) for metric in _shown(comparison)),
+        ]
         for row in comparison.policies
         if any(each.gain is not None for each in row.figures)
     ]
 
 
-def _about(row: ComparedPolicy) -> Sequence[str]:
+def _about(comparison: Comparison, row: ComparedPolicy) -> Sequence[str]:
     marks = (YES if row.has_captioner else NO, YES if row.has_filter else NO)
-    return (*marks, row.label, f"{row.num_texts:,}", str(len(row.seeds)))
+    noise = NO_FIGURE if row.noise_ratio is None else _plain(row.noise_ratio)
+    decoded = (row.decoding or NO_FIGURE, noise) if comparison.has_decodings else ()
+    return (*marks, row.label, *decoded, f"{row.num_texts:,}", str(len(row.seeds)))
 
 
 def _cell(row: ComparedPolicy, metric: str, *, gain: bool) -> str:

@@ -1,7 +1,8 @@
 """Arms of a comparison: one policy's texts, one seed, one new model; all else is shared.
 
 An arm is a row of `arms`, committed when its model is trained and measured. Captions, scores, decisions, vocabulary and
-human pairs are those of the round; no round starts from an arm's model.
+human pairs are those of the round, but for captions that another decoding wrote beside it; no round starts from an
+arm's model.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from flows.steps.batches import rows_table
 from flows.steps.heldout import held_out
 from flows.steps.measure_arm import drop_measured, is_measured, measure_arm, measuring_basis
 from flows.steps.plan import ALL_OBJECTIVES, TrainPlan
-from flows.steps.policy_texts import PolicyTexts, policy_texts
+from flows.steps.policy_texts import PolicyTexts, check_variants, policy_texts
 from flows.steps.train import train_model
+from flows.steps.variants import variants_asked
 from storage import (
     ModelRef,
     PartRef,
@@ -55,25 +57,59 @@ class Arm:
         """Of its part in `arms`."""
         return f"{self.texts.generation}-steps-{self.steps}-seed-{self.seed}"
 
+    @property
+    def title(self) -> str:
+        """For who watches it: policy, decoding of its captions, seed."""
+        parts = (self.texts.policy, self.texts.decoding, str(self.seed))
+        return " ".join(part for part in parts if part)
+
+
+def plan_decodings(run: Run) -> tuple[str, ...]:
+    """The decodings whose captions `plan_arms` needs beside the round's own (`flows/steps/variants.py` writes them).
+
+    What can be refused without those captions is refused here, before a model writes for hours. Raises as `plan_arms`,
+    and SettingsError for a decoding that the round's captioner does not know or no policy looks at.
+    """
+    asked = run.settings.compare
+    variants = variants_asked(run)
+    if variants:
+        steps = train_settings(run).retrain_or_pretrain.steps
+        _refuse_other_settings(run, steps, _shared_settings(run))
+        check_variants(run, asked.policies, variants)
+    return variants
+
 
 def plan_arms(run: Run) -> list[Arm]:
-    """Decide by every policy, and name the arms: all policies with the first seed, then with the next.
+    """Decide by every policy on each decoding's captions, and name the arms: all with the first seed, then with the next.
 
     Raises:
         ConfigError: a policy is unknown or fails.
         SettingsError: a policy keeps nothing, two are the same, or arms of the same steps were made with
             other settings.
-        MissingInput: the round has no scores, or the lake no held-out pairs.
+        MissingInput: the round has no scores, a decoding no captions, or the lake no held-out pairs.
     """
-    asked, training = run.settings.compare, train_settings(run)
-    own = training.retrain_or_pretrain
+    asked, steps = run.settings.compare, train_settings(run).retrain_or_pretrain.steps
+    shared = _shared_settings(run)
+    texts = policy_texts(run, asked.policies, asked.decodings)
+    _refuse_other_settings(run, steps, shared)
+    seeds = range(run.settings.seed, run.settings.seed + asked.seeds)
+    return [
+        Arm(texts=of_policy, seed=seed, steps=steps, settings=shared)
+        for seed in seeds
+        for of_policy in texts
+    ]
+
+
+def _shared_settings(run: Run) -> str:
+    """What all arms share, as JSON. Raises SettingsError where rows of their own are set, MissingInput without held-out pairs."""
+    own = train_settings(run).retrain_or_pretrain
     if own.sql is not None:
         raise SettingsError(
             "retrain.sql (or pretrain.sql) says what is trained on, but an arm is trained on what its policy "
             "keeps: leave it out, or write the rule as a policy"
         )
     held_out(run)
-    shared = canonical(
+    return canonical(
         {
             "train": train_basis(own) | {"objectives": list(ALL_OBJECTIVES)},
             "model": model_basis(run.settings.model),
@@ -81,14 +117,6 @@ def plan_arms(run: Run) -> list[Arm]:
             "measured": measuring_basis(run),
         }
     )
-    texts = policy_texts(run, asked.policies)
-    _refuse_other_settings(run, own.steps, shared)
-    seeds = range(run.settings.seed, run.settings.seed + asked.seeds)
-    return [
-        Arm(texts=of_policy, seed=seed, steps=own.steps, settings=shared)
-        for seed in seeds
-        for of_policy in texts
-    ]
 
 
 def train_settings(run: Run) -> BootstrapSettings:
@@ -164,6 +192,7 @@ def _row(run: Run, arm: Arm, ref: ModelRef) -> dict[str, Any]:
         "dropped_web": texts.dropped_web,
         "dropped_synthetic": texts.dropped_synthetic,
         "settings": arm.settings,
+        "decoding": texts.decoding,
     }
 
 

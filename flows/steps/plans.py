@@ -19,12 +19,15 @@ FIRST_ROUND_SQL = f"""
 """
 
 
-def clean_sql(round: int, generation: str | None = None) -> str:
+def clean_sql(round: int, generation: str | None = None, variant: str | None = None) -> str:
     """Kept web and synthetic texts of a round, and the human ones (paper, section 3.3).
 
-    Without a generation, those of the decisions that count.
+    Without a generation, those of the decisions that count. With a variant, its captions are the synthetic ones.
     """
     verdicts = "verdicts" if generation is None else f"verdicts_of({round}, '{generation}')"
+    if variant is not None:
+        of_variant = f"variant = '{variant}' AND generation = '{generation}'"
+        verdicts = f"(FROM variant_verdicts WHERE {of_variant})"
     return f"SELECT image_id, caption, source FROM {verdicts} WHERE kept AND round = {round} UNION ALL {HUMAN_SQL}"
 
 

@@ -13,7 +13,7 @@ from flows.foreign_models import basis_fields
 from flows.session import Run
 from flows.settings import curate_basis
 from flows.steps.caption import Text
-from storage import ModelRef, PartRef, basis_of, committed_part, fingerprint, read_part
+from storage import ModelRef, PartRef, basis_of, committed_part, fingerprint, layout, read_part
 from storage.fingerprint import Basis
 
 logger = logging.getLogger(__name__)
@@ -34,18 +34,25 @@ def texts_input(caption_ids: Iterable[str]) -> str:
     return fingerprint("captions", 1, {"caption_ids": sorted(caption_ids)}, [])
 
 
-def texts_by_image(run: Run, pairs: PartRef, rounds: Sequence[int]) -> dict[str, list[Text]]:
-    """The ok captions of a pairs part in some rounds, by image. MissingInput before captioning."""
+def texts_by_image(run: Run, pairs: PartRef, *, captioned: bool) -> dict[str, list[Text]]:
+    """The ok texts of a pairs part that are to be scored, by image: web texts, and the round's captions where there are any.
+
+    Of another decoding only its captions: web texts have their scores from the round. MissingInput before captioning.
+    """
+    places = [("captions", pairs.name, 0)] if run.variant is None else []
+    if captioned:
+        table = layout.variant_table("captions", run.variant)
+        places.append((table, layout.variant_part(pairs.name, run.variant), run.round))
     texts: dict[str, list[Text]] = {}
-    for number in rounds:
-        part = committed_part(run.lake, "captions", pairs.name, round=number)
+    for table, name, number in places:
+        part = committed_part(run.lake, table, name, round=number)
         if part is None:
+            stage = "compare" if run.variant else "caption" if number else "ingest"
             raise MissingInput(
-                f"shard {pairs.name} has no captions of round {number}; run "
-                f"`bootstrap {'caption' if number else 'ingest'}` first"
+                f"shard {pairs.name} has no {table} of round {number}; run `bootstrap {stage}` first"
             )
-        table = read_part(run.lake, part, ["caption_id", "image_id", "caption", "status"])
-        for row in table.to_pylist():
+        rows = read_part(run.lake, part, ["caption_id", "image_id", "caption", "status"])
+        for row in rows.to_pylist():
             if row["status"] == "ok":
                 texts.setdefault(row["image_id"], []).append((row["caption_id"], row["caption"]))
     return texts

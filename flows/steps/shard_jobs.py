@@ -13,7 +13,7 @@ from flows.steps.batches import counts_of, rows_table
 from flows.steps.caption import CaptionRows, caption_basis, web_images
 from flows.steps.score import ScoreRows, texts_by_image
 from flows.stream import ImageRow, Picture
-from storage import Clock, ModelRef, PartRef, carried_part, commit_part, committed_part
+from storage import Clock, ModelRef, PartRef, carried_part, commit_part, committed_part, layout
 from storage.fingerprint import Basis
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,7 @@ def plan_shard(
         else:
             job.captions, job.images = CaptionRows(run, captioner, basis), images
     if scorer is not None:
-        rounds = (0,) if job.captions is not None else (0, run.round)
-        texts_of = patiently(texts_by_image, run, pairs, rounds)
+        texts_of = patiently(texts_by_image, run, pairs, captioned=job.captions is None)
         rows = ScoreRows(run, scorer, texts_of)
         part = None if job.captions is not None else _committed(run, rows.table, pairs, rows.basis)
         if part is not None:
@@ -106,12 +105,18 @@ def plan_shard(
 
 def _committed(run: Run, table: str, pairs: PartRef, basis: Basis) -> PartRef | None:
     """The part of this round, or an earlier round's that was made from the same things, taken over."""
+    table, name = _place(run, table, pairs)
     part = committed_part(
-        run.lake, table, pairs.name, round=run.round, basis=basis, on_stale=run.on_stale
+        run.lake, table, name, round=run.round, basis=basis, on_stale=run.on_stale
     )
     if part is not None:
         return part
-    return patiently(carried_part, run.lake, table, pairs.name, round=run.round, basis=basis)
+    return patiently(carried_part, run.lake, table, name, round=run.round, basis=basis)
+
+
+def _place(run: Run, table: str, pairs: PartRef) -> tuple[str, str]:
+    """Table and name of the part that is made of a shard: the round's, or that of another decoding beside it."""
+    return layout.variant_table(table, run.variant), layout.variant_part(pairs.name, run.variant)
 
 
 def commit_job(run: Run, job: ShardJob) -> ShardDone:
@@ -143,14 +148,17 @@ def commit_job(run: Run, job: ShardJob) -> ShardDone:
 
 def _commit(run: Run, job: ShardJob, rows: CaptionRows | ScoreRows) -> tuple[PartRef, Counter[str]]:
     records = rows.records()
+    if run.variant is not None:
+        records = [record | {"variant": run.variant} for record in records]
+    table, name = _place(run, rows.table, job.pairs)
     counts = counts_of([record["status"] for record in records])
     seconds = {step: round(took, 3) for step, took in job.timings[rows.table].items()}
     part = patiently(
         commit_part,
         run.lake,
-        rows.table,
-        job.pairs.name,
-        rows_table(rows.table, records),
+        table,
+        name,
+        rows_table(table, records),
         round=run.round,
         basis=rows.basis,
         counts=counts,
@@ -161,7 +169,7 @@ def _commit(run: Run, job: ShardJob, rows: CaptionRows | ScoreRows) -> tuple[Par
         run.round,
         job.pairs.name,
         counts.num_in,
-        rows.table,
+        table,
         counts.num_in - counts.num_ok,
     )
     return part, Counter(dict(counts.reasons) | {"ok": counts.num_ok})

@@ -106,10 +106,13 @@ def test_deployments_run_the_cycle_and_show_it(
     assert "reports/round=0001/index.html" in artifacts["round-1"]["data"]
 
     asked = {"policies": ["raw", "percentile:share=0.4"], "seeds": 1, "steps": 3}
+    asked["decodings"] = ["nucleus", "beam"]
     compared = _deployment_run(project, "compare/compare", settings | {"compare": asked})
     assert compared.returncode == 0, compared.stdout[-2000:] + compared.stderr[-2000:]
     artifacts = {artifact["key"]: artifact for artifact in _api(project, "/artifacts/filter")}
-    assert "| percentile:share=0.4 |" in artifacts["compare-round-1"]["data"]
+    for decoding in ("nucleus", "beam"):
+        assert f"| percentile:share=0.4 | {decoding} |" in artifacts["compare-round-1"]["data"]
+    assert float(artifacts["beam-captions-round-1"]["data"]) == 100.0
     assert "With one seed they say nothing" in artifacts["compare-round-1"]["data"]
 
     second = _deployment_run(project, "bootstrap/next-round", settings | {"cycle": "next-round"})

@@ -1,5 +1,6 @@
 """Rounds that caption and score with models that were not trained here."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,11 +13,13 @@ from cycle import FinishedCycle, bootstrap, drop_later_rounds, stamps, write_set
 from blip_core import MED, BlipError, CheckpointError, MEDCaptioner, save_official
 from flows import models
 from flows.errors import SettingsError
+from flows.foreign_models import require_unchanged
 from flows.session import Run
 from flows.settings import curate_basis, load_settings, parse_settings
 from flows.steps.caption import caption_basis
 from flows.steps.curate_shards import curate_shards
 from flows.steps.decide import decide_round
+from flows.steps.variants import write_variant
 from storage import (
     ConfigError,
     Lake,
@@ -106,6 +109,23 @@ def test_curate_captions_and_scores_with_the_models_that_are_named(
     before = stamps(taken_in.lake, "tables")
     assert curate(*by_cosine).startswith("0 ")
     assert stamps(taken_in.lake, "tables") == before, "found, not made again"
+    beside = _changed(
+        taken_in,
+        caption={"captioner": writer["path"]},
+        score={"scorer": judge["path"]},
+        decide={"policy": "itc", "threshold": 0.05},
+    )
+    write_variant(beside, "beam", lambda *told: None)
+    searched = query(beside.lake, "SELECT * FROM variant_captions").to_pylist()
+    assert len(searched) == len(said)
+    assert {(row["model_id"], row["top_p"]) for row in searched} == {(writer["model_id"], None)}
+    assert query(beside.lake, "FROM variant_scores WHERE itc_sim IS NOT NULL").num_rows > 30
+    after = stamps(taken_in.lake, "tables")
+    assert {path: after[path] for path in before} == before, "the round is as it was"
+    ref = registry.find(lake, "foreign_captioner", 1)
+    assert ref is not None
+    with pytest.raises(SettingsError, match=r"other weights .* than round 1 worked with"):
+        require_unchanged(dataclasses.replace(ref, model_id="0" * 32))
 
 
 def test_blip_of_elsewhere_writes_and_judges_with_both_numbers(
