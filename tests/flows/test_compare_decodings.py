@@ -470,3 +470,30 @@ def test_the_command_shows_decodings(
     rows = json.loads(written.read_text())["policies"]
     assert [row["decoding"] for row in rows] == [None, "nucleus", "beam"]
     assert [row["noise_ratio"] for row in rows] == [row.noise_ratio for row in done[1].policies]
+
+
+def test_a_purged_image_leaves_other_decodings_too_and_nothing_is_made_anew(
+    done: tuple[FinishedCycle, Comparison], tmp_path: Path
+) -> None:
+    cycle = copied(done[0], tmp_path)
+    lake = Lake.open(str(cycle.lake))
+    [row] = query(
+        lake, "SELECT image_id FROM variant_captions ORDER BY image_id LIMIT 1"
+    ).to_pylist()
+    purged = bootstrap(
+        *("purge", "--image-id", row["image_id"], "--because", "asked to"),
+        *("--lake", str(cycle.lake)),
+        cwd=tmp_path,
+    )
+    assert purged.returncode == 0, purged.stdout[-1500:] + purged.stderr[-1500:]
+    for table in ("variant_captions", "variant_scores", "variant_decisions"):
+        left = query(
+            lake, f"SELECT count(*) AS n FROM {table} WHERE image_id = $id", {"id": row["image_id"]}
+        )
+        assert left.to_pylist() == [{"n": 0}], table
+    before = stamps(cycle.lake, "tables/variant_captions", "tables/variant_scores", "models")
+    again = _compare(cycle, decodings=DECODINGS)
+    assert (
+        stamps(cycle.lake, "tables/variant_captions", "tables/variant_scores", "models") == before
+    )
+    assert [each.name for each in again.policies] == [each.name for each in done[1].policies]
