@@ -31,6 +31,8 @@ class HostileWeb:
     agents: set[str] = field(default_factory=set)
     trapped: list[str] = field(default_factory=list)
     robots: tuple[int, str] = (404, "")
+    changed: dict[str, str] = field(default_factory=dict)
+    """By number of a picture: what its site says since it has changed its mind."""
     closing: threading.Event = field(default_factory=threading.Event)
 
     def url(self, page: str, host: str = REAL) -> str:
@@ -91,7 +93,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._say(code, text.encode(), {"Content-Type": "text/plain"})
 
     def page_ok(self, query: dict[str, str]) -> None:
-        self._say(200, jpeg(int(query.get("n", 1))))
+        number = query.get("n", "1")
+        mind = self.web.changed.get(number, "")
+        if mind in ("404", "410", "503"):
+            self._say(int(mind), HTML)
+        else:
+            self._say(200, jpeg(int(number)), {"X-Robots-Tag": mind} if mind else None)
 
     def page_gone(self, query: dict[str, str]) -> None:
         self._say(410, HTML)
