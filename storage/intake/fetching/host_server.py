@@ -40,10 +40,13 @@ class HostServer:
         self._waiting: defaultdict[str, deque[asyncio.Future[None]]] = defaultdict(deque)
         self._thread = threading.Thread(target=self._serve, name="hosts", daemon=True)
         self._ready = threading.Event()
+        self._failure: OSError | None = None
 
     def __enter__(self) -> "HostServer":
         self._thread.start()
         self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
         return self
 
     def __exit__(
@@ -52,7 +55,8 @@ class HostServer:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
+        if self._failure is None:
+            self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
         self._folder.cleanup()
 
@@ -63,8 +67,13 @@ class HostServer:
 
     async def _main(self) -> None:
         self._stop = asyncio.Event()
-        server = await asyncio.start_unix_server(self._talk, self.address, limit=LINE_BYTES)
-        self._ready.set()
+        try:
+            server = await asyncio.start_unix_server(self._talk, self.address, limit=LINE_BYTES)
+        except OSError as err:
+            self._failure = err
+            return
+        finally:
+            self._ready.set()
         await self._stop.wait()
         server.close()
         # Whoever still waits for an answer is hung up on.

@@ -7,6 +7,7 @@ be told stands here, and every failure is a FetchError whose text begins with it
 import functools
 import http.client
 import io
+import math
 import os
 import socket
 import ssl
@@ -70,8 +71,20 @@ class _Request(urllib.request.Request):
 
     def __init__(self, url: str, agent: str, deadline: float) -> None:
         super().__init__(url, headers={"User-Agent": agent})
+        self.own_host: str = self.host
+        """Host and port as urllib understands them, before a proxy takes their place."""
         self.deadline = deadline
         self.watch: Watch | None = None
+
+    @property
+    def own_name(self) -> str:
+        """The host without its port."""
+        return urlsplit(f"//{self.own_host}").hostname or ""
+
+    @property
+    def is_proxied(self) -> bool:
+        """Whether the connection goes to a proxy."""
+        return self.host != self.own_host
 
     @property
     def is_late(self) -> bool:
@@ -133,7 +146,7 @@ class Opener(urllib.request.OpenerDirector):
         """The answer of one request whose turn it is, or the URL that it redirects to."""
         request = _Request(url, self._config.user_agent, deadline)
         try:
-            self._addresses.check_literal(urlsplit(url).hostname or "")
+            self._addresses.check_literal(request.own_name)
             response = super().open(request, timeout=timeout)
         except urllib.error.HTTPError as err:
             target = err.headers.get("Location") if err.code in _REDIRECTS else None
@@ -201,14 +214,11 @@ class Opener(urllib.request.OpenerDirector):
 
     def _judge_pixels(self, body: io.BytesIO) -> bool:
         """Refuse a picture with too many pixels before anybody decodes it; whether its size is known yet."""
-        size = _size_px(body.getbuffer())
-        if size is None:
+        pixels = _num_pixels(body.getbuffer())
+        if pixels is None:
             return False
-        if size[0] * size[1] > self._config.max_pixels:
-            raise FetchError(
-                "too_many_pixels",
-                f"{size[0]} x {size[1]} px, more than {self._config.max_pixels} pixels",
-            )
+        if pixels > self._config.max_pixels:
+            raise FetchError("too_many_pixels", f"more than {self._config.max_pixels} pixels")
         return True
 
     def _wait_for_turn(self, url: str, timeout: float) -> None:
@@ -229,7 +239,7 @@ class Opener(urllib.request.OpenerDirector):
         for _ in range(MOST_ROBOTS_REDIRECTS + 1):
             request = _Request(url, self._config.user_agent, deadline)
             try:
-                self._addresses.check_literal(urlsplit(url).hostname or "")
+                self._addresses.check_literal(request.own_name)
                 with super().open(request, timeout=timeout) as response:
                     body = io.BytesIO()
                     while body.tell() < ROBOTS_BYTES and (block := response.read1(_BLOCK)):
@@ -305,11 +315,9 @@ _DEADLINES = Deadlines()
 
 def _connecting(kind: Callable[..., Any], request: _Request, addresses: AddressRules) -> Any:
     """Makes connections of a kind that go where the rules allow, and are shut down when they are late."""
-    # The host of a request that goes through a proxy is the proxy.
-    is_proxied = request.host != urlsplit(request.full_url).netloc
 
     def connect(target: tuple[str, int], timeout: Any = None, source: Any = None) -> socket.socket:
-        made = socket.create_connection if is_proxied else addresses.connect
+        made = socket.create_connection if request.is_proxied else addresses.connect
         connection = made(target, timeout, source)
         request.watch = _DEADLINES.watch(connection, request.deadline)
         return connection
@@ -323,16 +331,16 @@ def _connecting(kind: Callable[..., Any], request: _Request, addresses: AddressR
     return make
 
 
-def _size_px(data: memoryview) -> tuple[int, int] | None:
-    """Width and height that an image's header tells; None when it does not (yet)."""
+def _num_pixels(data: memoryview) -> float | None:
+    """Pixels that an image's header tells of; None when it does not (yet)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data)) as image:
-                return image.size
+                return float(image.width * image.height)
     except Image.DecompressionBombError:
-        # Pillow's own limit is far above what is wanted here, and it does not tell the size.
-        return 1 << 20, 1 << 20
+        # Far above what anybody wants here; Pillow does not tell how many.
+        return math.inf
     except Exception:  # noqa: BLE001 - half a header may raise anything
         return None
 
