@@ -31,7 +31,7 @@ def _ingest(web: HostileWeb, folder: Path, **changes: Any) -> Lake:
     lake = Lake.open(str(folder / "lake"), create=True)
     given = {
         "allow_addresses": ("127.0.0.1/32",),
-        "timeout_s": 2.0,
+        "timeout_s": 8.0,
         "shard_rows": 3,
         "threads": 4,
         "retry_passes": 2,

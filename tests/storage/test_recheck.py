@@ -16,7 +16,7 @@ from storage.intake.recheck import recheck
 from storage.intake.url_list import UrlListConfig
 from storage.intake.web import ingest_urls
 
-CONFIG = DownloadConfig(allow_addresses=("127.0.0.1/32",), threads=4, shard_rows=5, timeout_s=2.0)
+CONFIG = DownloadConfig(allow_addresses=("127.0.0.1/32",), threads=4, shard_rows=5, timeout_s=8.0)
 NUM = 12
 
 

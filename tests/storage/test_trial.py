@@ -13,7 +13,7 @@ from storage.intake.trial import _drawn, try_list
 from storage.intake.url_list import UrlListConfig
 
 CONFIG = DownloadConfig(
-    allow_addresses=("127.0.0.1/32",), shard_rows=20, threads=4, retry_passes=0, timeout_s=2.0
+    allow_addresses=("127.0.0.1/32",), shard_rows=20, threads=4, retry_passes=0, timeout_s=8.0
 )
 
 
