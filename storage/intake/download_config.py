@@ -7,6 +7,7 @@ from storage.errors import ConfigError
 from storage.intake.fetching.addresses import address_rules
 from storage.intake.fetching.hosts import HostRules
 from storage.intake.fetching.opener import OpenerConfig
+from storage.intake.text_rules import checked_rules
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +70,8 @@ class DownloadConfig:
     """What becomes of an image that shows what a held-out one or a canary shows."""
     near_duplicates: Literal["drop", "keep"] = "keep"
     """What becomes of an image that shows what another web image shows."""
+    text_rules: tuple[str, ...] = ()
+    """Rules that alt texts have to pass, by name (`text_rules.RULES`); `all` is every one."""
     shard_rows: int = 1000
     """Rows of the list that one shard holds."""
     slice_rows: int = 1_000_000
@@ -110,6 +113,7 @@ class DownloadConfig:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        checked_rules(self.text_rules)
         try:
             address_rules(self.allow_addresses)
         except ValueError as err:
@@ -131,6 +135,7 @@ class DownloadConfig:
             "max_redirects": self.max_redirects,
             "eval_overlap": self.eval_overlap,
             "near_duplicates": self.near_duplicates,
+            "text_rules": list(checked_rules(self.text_rules)),
             "shard_rows": self.shard_rows,
         }
 

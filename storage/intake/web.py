@@ -29,6 +29,7 @@ from storage.intake.passes import Passes, PassResults, fetch_slice
 from storage.intake.plan import Plan, make_plan
 from storage.intake.purged import PurgedImages
 from storage.intake.records import IntakeRecord, finished_intake, remember_intake
+from storage.intake.text_rules import checked_rules, rule_met
 from storage.intake.url_list import UrlListConfig
 from storage.lake import Lake
 from storage.schemas import OK
@@ -251,9 +252,11 @@ class _Intake:
     ) -> tuple[PartRef, PartRef]:
         """The captions first: a shard counts as done when its pairs are committed too."""
         basis = self._part_basis(index)
-        captions = [_caption(pair) for pair in pairs if _has_text(pair)]
+        rules = checked_rules(self.config.text_rules)
+        captions = [_caption(pair, rules) for pair in pairs if _has_text(pair)]
         num_ok = sum(pair["status"] == OK for pair in pairs)
-        textless = num_ok - len(captions)
+        untold = Counter(text["status"] for text in captions if text["status"] != OK)
+        untold["no_text"] = num_ok - len(captions)
         texts = commit_part(
             self.lake,
             "captions",
@@ -263,8 +266,8 @@ class _Intake:
             basis=basis,
             counts=Counts(
                 num_in=num_ok,
-                num_ok=len(captions),
-                reasons={"no_text": textless} if textless else {},
+                num_ok=num_ok - untold.total(),
+                reasons=dict(sorted((+untold).items())),
             ),
             clock=clock,
         )
@@ -279,13 +282,13 @@ def _has_text(pair: dict[str, Any]) -> bool:
     return pair["status"] == OK and bool((pair["alt_text"] or "").strip())
 
 
-def _caption(pair: dict[str, Any]) -> dict[str, Any]:
+def _caption(pair: dict[str, Any], rules: tuple[str, ...]) -> dict[str, Any]:
     return {
         "caption_id": ids.caption_id(pair["image_id"], "web", pair["alt_text"]),
         "image_id": pair["image_id"],
         "source": "web",
         "caption": pair["alt_text"],
-        "status": OK,
+        "status": rule_met(pair["alt_text"], rules) or OK,
         "round": 0,
     }
 
