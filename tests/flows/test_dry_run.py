@@ -18,7 +18,8 @@ def test_dry_run_tells_the_yield_and_leaves_nothing(
     assert "Expected of all rows: " in said
     assert "an image, " in said
     assert not lake.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.yaml"]
+    # Prefect's own folder is there as after any command.
+    assert {path.name for path in tmp_path.iterdir()} <= {"tiny.yaml", ".bootstrap"}
 
 
 def test_dry_run_of_nothing_names_the_remedy(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_the_address_that_was_looked_at_is_the_one_connected_to(
     rules = address_rules(["203.0.113.0/24"])
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
-        with pytest.raises((TimeoutError, ConnectionError, OSError), match=r""):
+        with pytest.raises(OSError, match=r"timed out|unreachable|refused|No route"):
             rules.connect(("rebinding.test", server.getsockname()[1]), 0.3)
         with pytest.raises(TimeoutError):
             server.accept()
