@@ -188,6 +188,8 @@ def _proof_lines(proof: Proof) -> Iterator[str]:
     yield f"           {proof.places:,} byte ranges in {proof.shards} shards read back: zeros"
     for shard in proof.shards_gone:
         yield f"           shard {shard} is not there"
+    for place in proof.in_place:
+        yield f"yours      the lake never writes into your own tars; take out {place}"
     yield (
         f"           {proof.parts:,} parts of tables, {proof.training_sets} training sets and {proof.files} other files "
         "read: none names them"

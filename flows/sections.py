@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from storage.intake.adopting.image_set import Format
+from storage.intake.url_list import ListFormat
+
 
 def _hide_defaults(schema: dict[str, Any]) -> None:
     """Keep defaults out of the JSON schema.
@@ -106,7 +109,9 @@ class UrlListSettings(Section):
     """One list of image URLs with the texts found beside them."""
 
     path: str
-    """Parquet, CSV or JSONL file, or an fsspec URI of one."""
+    """Parquet, CSV or JSONL file, a folder of such files, or a pattern with * or ?; here or an fsspec URI."""
+    format: ListFormat = "table"
+    """table (columns as named below), or a list as it was published: cc3m, cc12m, laion or datacomp."""
     name: str = "web"
     """The source_name of rows that do not name their own."""
     url_column: str = "url"
@@ -117,6 +122,29 @@ class UrlListSettings(Section):
     """Column that names each row's source; `name` serves all rows when not given."""
     licence_column: str | None = None
     """Column that holds each row's licence."""
+
+
+class ImageSetSettings(Section):
+    """One set of pictures that is there already, with the texts found beside them; nothing is downloaded."""
+
+    path: str
+    """Folder, file, or pattern with * or ?; here or an fsspec URI. With captions, the folder of the pictures."""
+    name: str
+    """The source_name of its rows: letters, digits, - and _."""
+    format: Format = "auto"
+    """img2dataset, webdataset (tars stay where they are), hf (Parquet with pictures in it), folder, table, coco or karpathy."""
+    captions: str | None = None
+    """Captions file of table, coco and karpathy."""
+    image_column: str | None = None
+    """Column of the picture: its bytes (hf) or its file (table); the usual names when not given."""
+    caption_column: str | None = None
+    """Column, JSON field or file ending that holds the texts; the usual ones when not given."""
+    url_column: str | None = None
+    """Column or JSON field of the address; url when not given."""
+    licence_column: str | None = None
+    """Column or JSON field of the licence."""
+    splits: tuple[str, ...] | None = None
+    """Splits of a Karpathy file to take; all when not given."""
 
 
 class CaptionSetSettings(Section):
@@ -138,11 +166,17 @@ class CaptionSetSettings(Section):
     """Splits of a Karpathy file to take; all when not given."""
 
 
+INGEST_SOURCES = ("url_lists", "image_sets", "human", "heldout")
+"""What is taken in, as against how."""
+
+
 class IngestSettings(Section):
     """What is taken in, and how it is downloaded."""
 
     url_lists: tuple[UrlListSettings, ...] = ()
     """Lists of URLs; a later round may add more."""
+    image_sets: tuple[ImageSetSettings, ...] = ()
+    """Pictures that are there already: tars of img2dataset's or others, Parquet files, folders, captions files."""
     human: tuple[CaptionSetSettings, ...] = ()
     """Human pairs to finetune and train on."""
     heldout: tuple[CaptionSetSettings, ...] = ()

@@ -21,6 +21,7 @@ from flows.compare_section import CompareSettings
 from flows.errors import SettingsError
 from flows.gate_section import GateSettings, gate_basis
 from flows.sections import (
+    INGEST_SOURCES,
     CaptionSettings,
     CurateSettings,
     DecideSettings,
@@ -144,7 +145,7 @@ class BootstrapSettings(Section):
 
     @model_validator(mode="after")
     def _one_web(self) -> BootstrapSettings:
-        own = [name for name in ("url_lists", "human", "heldout") if getattr(self.ingest, name)]
+        own = [name for name in INGEST_SOURCES if getattr(self.ingest, name)]
         if self.world is not None and own:
             raise ValueError(
                 f"ingest.{own[0]} is given, but preset {self.preset!r} draws a world of its own: add "
@@ -179,6 +180,8 @@ class BootstrapSettings(Section):
             dumped.pop(name)
         for name in INGEST_NOT_IN_FINGERPRINTS:
             dumped["ingest"].pop(name)
+        if not self.ingest.image_sets:  # younger than the first lakes
+            dumped["ingest"].pop("image_sets")
         dumped["caption"], dumped["score"] = curate_basis(self.caption), curate_basis(self.score)
         for name in EVALUATE_NOT_IN_FINGERPRINTS:
             dumped["evaluate"].pop(name)

@@ -25,6 +25,8 @@ from storage.errors import (
 )
 from storage.fingerprint import basis_of, fingerprint, fingerprint_of
 from storage.ids import caption_id, image_id
+from storage.intake.adopting.adopt import adopt_images
+from storage.intake.adopting.image_set import ImageSetConfig
 from storage.intake.download_config import DownloadConfig
 from storage.intake.human import CaptionSetConfig, ingest_captions
 from storage.intake.url_list import UrlListConfig
@@ -58,6 +60,7 @@ __all__ = [
     "DownloadConfig",
     "EmptyInput",
     "EmptyTrainSet",
+    "ImageSetConfig",
     "Lake",
     "LakeBusy",
     "LakeNotFound",
@@ -74,6 +77,7 @@ __all__ = [
     "TrainSetRef",
     "TransientError",
     "UrlListConfig",
+    "adopt_images",
     "basis_of",
     "build_trainset",
     "by_hand",

@@ -66,6 +66,11 @@ class Root:
         with explained(self, rel):
             return bool(self.fs.exists(self.path(rel)))
 
+    def is_file(self, rel: str) -> bool:
+        """Whether there is a file of that name, and not a folder."""
+        with explained(self, rel):
+            return bool(self.fs.isfile(self.path(rel)))
+
     def size(self, rel: str) -> int:
         """Bytes of a file; FileNotFoundError when absent."""
         with explained(self, rel):
@@ -166,6 +171,15 @@ class Root:
         prefix = len(self.path("").rstrip("/")) + 1
         rels = (str(p)[prefix:] for p in found)
         return sorted(r for r in rels if not PurePosixPath(r).name.startswith(TMP_PREFIX))
+
+    def sizes(self, rel_dir: str = "") -> dict[str, int]:
+        """Bytes of all files below a folder by their relative paths, sorted; empty when there is none."""
+        with explained(self, rel_dir):
+            self.fs.invalidate_cache()
+            found = self.fs.find(self.path(rel_dir), detail=True)
+        prefix = len(self.path("").rstrip("/")) + 1
+        rels = ((str(path)[prefix:], int(info["size"] or 0)) for path, info in found.items())
+        return dict(sorted(r for r in rels if not PurePosixPath(r[0]).name.startswith(TMP_PREFIX)))
 
     def remove(self, rel: str) -> None:
         """Remove a file or a folder with what is in it; nothing happens when it is absent."""

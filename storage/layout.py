@@ -3,6 +3,7 @@
 lake.json  lake.lock  champion.json  catalog.duckdb
 tables/<table>/[round=0003/]<part>.parquet    with its manifest <part>.json beside it
 shards/<shard>.tar                            images, written once
+shards/<image set>.json                       where the files of an image set lie
 models/<model_id>/                            weights, tokenizer, lineage.json
 rounds/0003/                                  settings, record, policy and intakes of a round
 trainsets/<fingerprint>.arrow                 rows of one training set
@@ -12,6 +13,8 @@ purges/begun.json                             the purge that is not finished, if
 purges/<purge_id>.json                        what a purge took out, and the proof
 work/                                         scratch of unfinished stages, never read by others
 """
+
+import re
 
 LAKE = "lake.json"
 LOCK = "lake.lock"
@@ -26,6 +29,7 @@ TRAINSETS = "trainsets"
 REPORTS = "reports"
 PURGES = "purges"
 PURGE_BEGUN = "purges/begun.json"
+_IN_PLACE = re.compile(r"(web-\d{4}-t\d{2})-\d{5,}")
 
 
 def table_dir(table: str, round: int | None = None) -> str:
@@ -121,6 +125,23 @@ def report(round: int) -> str:
 def web_shards(round: int, position: int | None = None) -> str:
     """What the names of a round's web shards begin with; they sort by round, then by list."""
     return f"web-{round:04d}-" if position is None else f"web-{round:04d}-{position:02d}"
+
+
+def image_set(round: int, position: int, *, in_place: bool) -> str:
+    """What the names of an image set's shards begin with: after those of the round's lists, and telling whether the
+    tars are the user's own, which the lake points to."""
+    return f"{web_shards(round)}{'t' if in_place else 'p'}{position:02d}"
+
+
+def image_set_record(prefix: str) -> str:
+    """Where the files of an image set lie."""
+    return f"{SHARDS}/{prefix}.json"
+
+
+def in_place_set(shard: str) -> str | None:
+    """The image set whose own tar a shard is; None of a shard that the lake holds."""
+    found = _IN_PLACE.fullmatch(shard)
+    return found.group(1) if found else None
 
 
 def variant_table(table: str, variant: str | None) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from storage import ids, layout
+from storage.adopted import place_of
 from storage.errors import CorruptShard
 from storage.fs import explained
 from storage.lake import Lake
@@ -74,19 +75,15 @@ def read_image(lake: Lake, shard: str, offset: int, size: int) -> bytes:
 
     Raises CorruptShard when the shard is gone or ends before the image does.
     """
-    path = layout.shard(shard)
+    root, path = place_of(lake, shard)
     try:
-        data = lake.root.read_range(path, offset, size)
+        data = root.read_range(path, offset, size)
     except FileNotFoundError as err:
-        raise CorruptShard(
-            f"shard {lake.uri}/{path} is gone; restore it from a copy, or run `bootstrap repair` "
-            "and the ingest stage to fetch its images again"
-        ) from err
+        raise CorruptShard(f"shard {root.uri}/{path} is gone; {_remedy(shard)}") from err
     if len(data) != size:
         raise CorruptShard(
-            f"shard {lake.uri}/{path} ends at byte {offset + len(data)}, an image needs bytes "
-            f"{offset} to {offset + size}; restore it from a copy, or run `bootstrap repair` and "
-            "the ingest stage to fetch its images again"
+            f"shard {root.uri}/{path} ends at byte {offset + len(data)}, an image needs bytes "
+            f"{offset} to {offset + size}; {_remedy(shard)}"
         )
     return data
 
@@ -95,10 +92,10 @@ def read_verified_image(lake: Lake, shard: str, offset: int, size: int, image_id
     """`read_image`, and the bytes must be those that `image_id` names, else CorruptShard."""
     data = read_image(lake, shard, offset, size)
     if ids.image_id(data) != image_id:
+        root, path = place_of(lake, shard)
         raise CorruptShard(
-            f"shard {lake.uri}/{layout.shard(shard)}: bytes {offset} to {offset + size} are not "
-            f"image {image_id}; restore the shard from a copy, or run `bootstrap repair` and the "
-            "ingest stage to fetch its images again"
+            f"shard {root.uri}/{path}: bytes {offset} to {offset + size} are not image {image_id}; "
+            f"{_remedy(shard)}"
         )
     return data
 
@@ -133,6 +130,16 @@ def add_member(tar: tarfile.TarFile, f: BinaryIO, name: str, data: bytes) -> int
     offset = f.tell() + tarfile.BLOCKSIZE
     tar.addfile(info, io.BytesIO(data))
     return offset
+
+
+def _remedy(shard: str) -> str:
+    prefix = layout.in_place_set(shard)
+    if prefix is not None:
+        return (
+            "it is a tar of an image set, which the lake only points to: put it back, or, when the set was moved, write "
+            f"its new folder as `root` into {layout.image_set_record(prefix)}"
+        )
+    return "restore it from a copy, or run `bootstrap repair` and the ingest stage to fetch its images again"
 
 
 def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

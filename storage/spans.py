@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from storage import ids, layout
+from storage import ids
+from storage.adopted import place_of
 from storage.errors import CorruptShard
 from storage.lake import Lake
 from storage.shards import read_image
@@ -39,16 +40,17 @@ def read_images(lake: Lake, shard: str, wanted: Sequence[Wanted]) -> list[bytes 
     when there is no such shard, TransientError when the store did not answer.
     """
     found: list[bytes | CorruptShard] = [CorruptShard("not read")] * len(wanted)
+    root, path = place_of(lake, shard)
     for places in spans(wanted):
         first = wanted[places[0]].offset
         last = max(wanted[place].offset + wanted[place].size for place in places)
         try:
-            block = lake.root.read_range(layout.shard(shard), first, last - first)
+            block = root.read_range(path, first, last - first)
         except FileNotFoundError:
             read_image(lake, shard, first, 1)  # says what is gone, and the remedy
             raise
         except OSError:
-            if first < lake.root.size(layout.shard(shard)):
+            if first < root.size(path):
                 raise
             block = b""  # a store refuses a range behind the end; a disk gives nothing
         for place in places:
@@ -78,7 +80,8 @@ def spans(wanted: Sequence[Wanted]) -> list[list[int]]:
 
 def _elsewhere(lake: Lake, shard: str, want: Wanted) -> bytes | CorruptShard:
     """The image from where it lies now, when a shard has lost a member and the others have moved up."""
-    num_bytes = lake.root.size(layout.shard(shard))
+    root, path = place_of(lake, shard)
+    num_bytes = root.size(path)
     place = _index(lake, shard, num_bytes).get(want.image_id)
     if place is not None:
         data = read_image(lake, shard, *place)
@@ -86,7 +89,7 @@ def _elsewhere(lake: Lake, shard: str, want: Wanted) -> bytes | CorruptShard:
             return data
     end = want.offset + want.size
     return CorruptShard(
-        f"shard {layout.shard(shard)} has not the image at bytes {want.offset} to {end}, nor anywhere else; restore it "
+        f"shard {path} has not the image at bytes {want.offset} to {end}, nor anywhere else; restore it "
         "from a copy, or run `bootstrap repair` and the ingest stage to fetch its images again"
     )
 
@@ -96,7 +99,8 @@ def _index(lake: Lake, shard: str, num_bytes: int) -> dict[str, tuple[int, int]]
     """image_id -> (offset, size) of every whole member of a damaged tar of `num_bytes` bytes."""
     places: dict[str, tuple[int, int]] = {}
     try:
-        with lake.root.open(layout.shard(shard)) as f, tarfile.open(fileobj=f, mode="r:") as tar:
+        root, path = place_of(lake, shard)
+        with root.open(path) as f, tarfile.open(fileobj=f, mode="r:") as tar:
             for member in tar:
                 file = tar.extractfile(member)
                 data = file.read() if file is not None else b""

@@ -10,15 +10,17 @@ from pathlib import Path
 from flows.errors import MissingInput
 from flows.quickstart.server import WorldServer
 from flows.quickstart.world import World, WorldConfig, build_world
-from flows.sections import CaptionSetSettings, IngestSettings, UrlListSettings
+from flows.sections import INGEST_SOURCES, CaptionSetSettings, IngestSettings, UrlListSettings
 from flows.session import Run
 from flows.settings import BootstrapSettings
 from storage import (
     CaptionSetConfig,
     DownloadConfig,
     EmptyInput,
+    ImageSetConfig,
     PartRef,
     UrlListConfig,
+    adopt_images,
     connect,
     ingest_captions,
     ingest_urls,
@@ -36,9 +38,9 @@ def ingest_all(run: Run, on_progress: Callable[[int, int], None]) -> list[PartRe
     """
     parts: list[PartRef] = []
     with served_lists(run.settings) as settings:
-        if not (settings.url_lists or settings.human or settings.heldout):
+        if not any(getattr(settings, name) for name in INGEST_SOURCES):
             raise EmptyInput(
-                "there is nothing to take in: give ingest.url_lists, ingest.human and "
+                "there is nothing to take in: give ingest.url_lists or ingest.image_sets, ingest.human and "
                 "ingest.heldout (see README), or a preset with a world such as quickstart"
             )
         configs = [CaptionSetConfig(**s.model_dump(), pool="human") for s in settings.human]
@@ -62,6 +64,16 @@ def ingest_all(run: Run, on_progress: Callable[[int, int], None]) -> list[PartRe
                 on_stale=run.on_stale,
                 on_progress=on_progress,
             )
+        for position, image_set in enumerate(settings.image_sets):
+            parts += adopt_images(
+                run.lake,
+                ImageSetConfig(**image_set.model_dump()),
+                download,
+                round=run.round,
+                position=position,
+                on_stale=run.on_stale,
+                on_progress=on_progress,
+            )
     return parts
 
 
@@ -72,7 +84,7 @@ def require_sets(run: Run) -> None:
         MissingInput: neither the settings nor the lake have human pairs, or held-out ones.
     """
     settings = run.settings.ingest
-    if run.settings.world is not None or not settings.url_lists:
+    if run.settings.world is not None or not (settings.url_lists or settings.image_sets):
         return
     purposes = {
         "human": "captioner and filter are finetuned on them",
@@ -90,7 +102,7 @@ def require_sets(run: Run) -> None:
 
 def download_config(settings: IngestSettings) -> DownloadConfig:
     """How the lists of the settings are fetched."""
-    return DownloadConfig(**settings.model_dump(exclude={"url_lists", "human", "heldout"}))
+    return DownloadConfig(**settings.model_dump(exclude=set(INGEST_SOURCES)))
 
 
 @contextmanager

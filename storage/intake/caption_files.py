@@ -4,7 +4,9 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
+
+import fsspec
 
 from storage.errors import ConfigError
 from storage.intake.url_list import open_table
@@ -19,7 +21,7 @@ class CaptionedFile:
 
 
 def read_caption_file(
-    path: Path,
+    path: str | Path,
     format: str,
     image_column: str,
     caption_column: str,
@@ -29,15 +31,16 @@ def read_caption_file(
 
     Raises ConfigError naming the file, the entry and what is wrong with it.
     """
-    if not path.is_file():
-        raise ConfigError(f"captions file {path} does not exist; check the path")
-    if format == "table" or (format == "auto" and path.suffix.lower() != ".json"):
+    if format == "table" or (format == "auto" and not str(path).lower().endswith(".json")):
         return _from_table(path, image_column, caption_column)
     try:
-        content = json.loads(path.read_text("utf-8"))
+        with fsspec.open(str(path), "rb") as f:
+            content = json.loads(cast(BinaryIO, f).read().decode("utf-8"))
         if format == "auto":
             format = _shape_of(path, content)
         return _from_coco(content) if format == "coco" else _from_karpathy(content, splits)
+    except (FileNotFoundError, IsADirectoryError) as err:
+        raise ConfigError(f"captions file {path} does not exist; check the path") from err
     except UnicodeDecodeError as err:
         raise ConfigError(f"{path} is not UTF-8 (byte {err.start}); convert it") from err
     except json.JSONDecodeError as err:
@@ -49,7 +52,7 @@ def read_caption_file(
         ) from err
 
 
-def _shape_of(path: Path, content: Any) -> str:
+def _shape_of(path: str | Path, content: Any) -> str:
     if isinstance(content, dict) and "annotations" in content and "images" in content:
         return "coco"
     images = content.get("images") if isinstance(content, dict) else None
@@ -86,7 +89,7 @@ def _from_karpathy(content: Any, splits: Sequence[str] | None) -> list[Captioned
     )
 
 
-def _from_table(path: Path, image_column: str, caption_column: str) -> list[CaptionedFile]:
+def _from_table(path: str | Path, image_column: str, caption_column: str) -> list[CaptionedFile]:
     rows = []
     for batch in open_table(path, {image_column: "image", caption_column: "caption"}):
         for row in batch:

@@ -6,10 +6,10 @@ was the first of its kind) is left to whoever takes the rows in their order.
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from storage import ids
 from storage.intake.download_config import DownloadConfig
@@ -22,6 +22,9 @@ THREADS = min(8, os.cpu_count() or 1)
 AHEAD = 4 * THREADS
 """Rows, and so images in memory."""
 
+
+Row = TypeVar("Row")
+Seen = TypeVar("Seen")
 
 OF_THE_IMAGE = ("phash", "looks", "width", "height")
 """Columns of a pair that are read off its image."""
@@ -41,10 +44,15 @@ def looked_at(
     planned: Iterable[dict[str, Any]], results: PassResults, config: DownloadConfig
 ) -> Iterator[Looked]:
     """Each planned row of a shard, in order."""
+    return ahead(lambda row: _look(row, results, config), planned)
+
+
+def ahead(look: Callable[[Row], Seen], rows: Iterable[Row]) -> Iterator[Seen]:
+    """What `look` gives of each row, in order, some rows ahead in several threads."""
     with ThreadPoolExecutor(THREADS, thread_name_prefix="look") as pool:
-        pending: deque[Future[Looked]] = deque()
-        for row in planned:
-            pending.append(pool.submit(_look, row, results, config))
+        pending: deque[Future[Seen]] = deque()
+        for row in rows:
+            pending.append(pool.submit(look, row))
             if len(pending) > AHEAD:
                 yield pending.popleft().result()
         while pending:
@@ -65,12 +73,17 @@ def _look(row: dict[str, Any], results: PassResults, config: DownloadConfig) -> 
     if result.image is None:
         pair |= {"status": result.status, "reason": result.error}
         return Looked(pair=pair)
-    found = inspect_image(result.image, config.min_image_side_px, config.max_image_pixels)
+    return inspected(pair, result.image, config)
+
+
+def inspected(pair: dict[str, Any], image: bytes, config: DownloadConfig) -> Looked:
+    """A row with what its image's bytes show."""
+    found = inspect_image(image, config.min_image_side_px, config.max_image_pixels)
     pair |= {"status": found.status, "reason": found.reason}
     if found.status != OK:
         return Looked(pair=pair)
     looks = found.looks
     assert looks is not None
-    pair |= {"image_id": ids.image_id(result.image), "phash": looks.phash}
+    pair |= {"image_id": ids.image_id(image), "phash": looks.phash}
     pair |= {"looks": looks.to_bytes(), "width": found.width, "height": found.height}
-    return Looked(pair=pair, image=result.image, looks=looks, ext=found.ext)
+    return Looked(pair=pair, image=image, looks=looks, ext=found.ext)

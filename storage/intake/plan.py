@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from storage import addresses, catalog, ids
 from storage.intake.purged import has_purges
-from storage.intake.url_list import ListRow, UrlListConfig, open_table
+from storage.intake.url_list import ListRow, UrlListConfig, open_list
 from storage.lake import Lake
 from storage.parts_sql import rows_of
 from storage.tables import PartRef
@@ -127,7 +127,7 @@ def _by_turns(ranges: list[tuple[int, int]]) -> str:
 def _write_listed(config: UrlListConfig, path: Path, *, with_hosts: bool) -> int:
     num_rows = 0
     with pq.ParquetWriter(path, LISTED, compression="zstd") as writer:
-        for batch in open_table(config.path, config.columns()):
+        for batch in open_list(config):
             rows = list(_listed(config, batch, with_hosts))
             num_rows += len(rows)
             writer.write_table(pa.Table.from_pylist(rows, schema=LISTED))

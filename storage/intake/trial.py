@@ -6,13 +6,13 @@ import random
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from storage.catalog import query
 from storage.errors import EmptyInput
 from storage.intake.download_config import DownloadConfig
-from storage.intake.url_list import ListRow, UrlListConfig, open_table
+from storage.intake.url_list import ListRow, UrlListConfig, open_list
 from storage.intake.web import ingest_urls
 from storage.lake import Lake
 from storage.schemas import OK
@@ -50,15 +50,13 @@ def try_list(url_list: UrlListConfig, config: DownloadConfig, rows: int, *, seed
     drawn, num_listed = _drawn(url_list, rows, random.Random(seed))
     with tempfile.TemporaryDirectory(prefix="trial-") as folder:
         path = Path(folder) / "drawn.jsonl"
-        names = {ours: theirs for theirs, ours in url_list.columns().items()}
         with path.open("w", encoding="utf-8") as f:
             for row in drawn:
-                values = {names[ours]: value for ours, value in row.values.items()}
-                f.write(json.dumps(values) + "\n")
+                f.write(json.dumps(row.values) + "\n")
         lake = Lake.open(str(Path(folder) / "lake"), create=True)
         began = time.monotonic()
         try:
-            ingest_urls(lake, replace(url_list, path=str(path)), config, round=1)
+            ingest_urls(lake, UrlListConfig(path=str(path), name=url_list.name), config, round=1)
         except EmptyInput as err:
             # Each row has its outcome all the same.
             logger.info("%s", err)
@@ -82,7 +80,7 @@ def _drawn(url_list: UrlListConfig, rows: int, draw: random.Random) -> tuple[lis
     """So many rows of a list, each equally likely, in the list's order; and how many it has."""
     kept: list[ListRow] = []
     num_listed = 0
-    for batch in open_table(url_list.path, url_list.columns()):
+    for batch in open_list(url_list):
         for row in batch:
             if len(kept) < rows:
                 kept.append(row)

@@ -30,7 +30,7 @@ from storage.intake.plan import Plan, make_plan
 from storage.intake.purged import PurgedImages
 from storage.intake.records import IntakeRecord, finished_intake, remember_intake
 from storage.intake.text_rules import checked_rules, rule_met
-from storage.intake.url_list import UrlListConfig
+from storage.intake.url_list import UrlListConfig, list_files
 from storage.lake import Lake
 from storage.schemas import OK
 from storage.shards import Sample, write_shard
@@ -114,7 +114,7 @@ class _Intake:
         self.earlier = [p for p in everything if p.name < source]
         settings = config.data_settings() | {
             "name": url_list.name,
-            "columns": {ours: theirs for theirs, ours in url_list.columns().items()},
+            "columns": url_list.as_basis(),
         }
         inputs = [f"list {_list_sha256(url_list.path)}", *(p.fingerprint for p in self.earlier)]
         self.basis: Basis = basis_of("ingest_urls", STAGE_VERSION, settings, inputs)
@@ -334,9 +334,16 @@ def _slice_folder(folder: Path, indices: range) -> Path:
 
 def _list_sha256(path: str) -> str:
     """First 32 hex digits of the hash of the list's bytes; ConfigError when it is not there."""
+    hashes = [_file_sha256(file) for file in list_files(path)]
+    if len(hashes) == 1:
+        return hashes[0][:32]
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:32]
+
+
+def _file_sha256(path: str) -> str:
     try:
         with fsspec.open(path, "rb") as f:
-            return hashlib.file_digest(cast(Any, f), "sha256").hexdigest()[:32]
+            return hashlib.file_digest(cast(Any, f), "sha256").hexdigest()
     except FileNotFoundError as err:
         raise ConfigError(f"{path} does not exist; check the path of the URL list") from err
     except (PermissionError, IsADirectoryError) as err:

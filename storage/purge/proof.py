@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from storage import catalog, layout
+from storage.adopted import place_of
 from storage.lake import Lake
 from storage.parts_sql import rows_of
 from storage.purge import scratch
@@ -50,6 +51,8 @@ class Proof:
     shards: int = 0
     shards_gone: list[str] = field(default_factory=list)
     """Shards that are not there at all."""
+    in_place: list[str] = field(default_factory=list)
+    """Byte ranges in tars of image sets, which the lake only points to: for their owner to take out."""
     parts: int = 0
     """Parts of tables that were read."""
     training_sets: int = 0
@@ -144,6 +147,10 @@ def _records(table: pa.Table) -> Iterator[dict[str, Any]]:
 
 def _look_into_shards(lake: Lake, rows: pa.Table, proof: Proof) -> None:
     for shard, images in places_by_shard(rows):
+        if layout.in_place_set(shard) is not None:
+            root, tar = place_of(lake, shard)
+            proof.in_place += [f"{root.uri}/{tar}, {size} bytes from {at}" for at, size in images]
+            continue
         path = layout.shard(shard)
         if not lake.root.exists(path):
             proof.shards_gone.append(shard)

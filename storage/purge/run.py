@@ -127,7 +127,8 @@ def _finish(lake: Lake, found: Found, around: Around) -> Purged:
     rebase(lake, plan.content, trainsets)
     _mend_intakes(lake)
     for number, (shard, images) in enumerate(places_by_shard(found.rows), start=1):
-        blank(lake, shard, images)
+        if layout.in_place_set(shard) is None:
+            blank(lake, shard, images)
         around.tell("shards", number, len(plan.shards))
     removed = _clear_reports(lake, plan, around)
     _commit_rows(lake, found)

@@ -7,7 +7,7 @@ import pytest
 
 from storage.errors import ConfigError, EmptyInput, MissingColumn
 from storage.intake import url_list
-from storage.intake.url_list import ListRow, open_table
+from storage.intake.url_list import ListFormat, ListRow, UrlListConfig, open_list, open_table
 
 COLUMNS = {"link": "url", "text": "alt_text"}
 
@@ -125,3 +125,50 @@ def test_table_comes_in_bounded_pieces(tmp_path: Path, monkeypatch: pytest.Monke
     lines = "".join(f"u{i},t\n" for i in range(25))
     (tmp_path / "l.csv").write_text(f"link,text\n{lines}")
     assert [len(b) for b in open_table(tmp_path / "l.csv", COLUMNS)] == [10, 10, 5]
+
+
+def listed(config: UrlListConfig) -> list[tuple[int, str | None, str | None]]:
+    rows = [row for batch in open_list(config) for row in batch]
+    return [(row.position, row.values["url"], row.values["alt_text"]) for row in rows]
+
+
+def test_lists_are_read_as_they_were_published(tmp_path: Path) -> None:
+    (tmp_path / "cc3m.tsv").write_text('a "quoted, text\thttp://a/1\nan other\thttp://a/2\n')
+    (tmp_path / "cc12m.tsv").write_text('http://a/1\tit\'s "12 m"\nhttp://a/2\n')
+    laion = pa.table({"SAMPLE_ID": [1], "URL": ["http://a/1"], "TEXT": ["t"], "NSFW": ["UNLIKELY"]})
+    pq.write_table(laion, tmp_path / "laion.parquet")
+    renamed = pa.table({"url": ["http://a/1"], "caption": ["t"], "similarity": [0.3]})
+    pq.write_table(renamed, tmp_path / "laion2.parquet")
+    pool = pa.table({"uid": ["f00"], "url": ["http://a/1"], "text": ["t"], "sha256": ["00"]})
+    pq.write_table(pool, tmp_path / "datacomp.parquet")
+
+    def of(name: str, format: ListFormat) -> list[tuple[int, str | None, str | None]]:
+        return listed(UrlListConfig(path=str(tmp_path / name), format=format))
+
+    assert of("cc3m.tsv", "cc3m") == [
+        (0, "http://a/1", 'a "quoted, text'),
+        (1, "http://a/2", "an other"),
+    ]
+    assert of("cc12m.tsv", "cc12m") == [(0, "http://a/1", 'it\'s "12 m"'), (1, "http://a/2", "")]
+    assert of("laion.parquet", "laion") == of("laion2.parquet", "laion") == [(0, "http://a/1", "t")]
+    assert of("datacomp.parquet", "datacomp") == [(0, "http://a/1", "t")]
+    with pytest.raises(MissingColumn, match=r"datacomp\.parquet has no column 'caption'"):
+        of("datacomp.parquet", "cc3m")
+    with pytest.raises(ConfigError, match="format 'coyo' is unknown"):
+        of("laion.parquet", "coyo")  # type: ignore[arg-type]
+
+
+def test_a_list_may_be_many_files(tmp_path: Path) -> None:
+    for number in range(3):
+        table = pa.table({"url": [f"http://a/{number}"] * 2, "alt_text": ["t"] * 2})
+        pq.write_table(table, tmp_path / f"part-{number}.parquet")
+    (tmp_path / "readme.md").write_text("no part of it")
+    whole = listed(UrlListConfig(path=str(tmp_path)))
+    assert [position for position, _, _ in whole] == list(range(6))
+    assert [url for _, url, _ in whole][::2] == [f"http://a/{n}" for n in range(3)]
+    assert len(listed(UrlListConfig(path=str(tmp_path / "part-[12].parquet")))) == 4
+    with pytest.raises(ConfigError, match=r"no file matches; check the path"):
+        listed(UrlListConfig(path=str(tmp_path / "part-9*.parquet")))
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ConfigError, match="no Parquet, CSV or JSONL file is in it"):
+        listed(UrlListConfig(path=str(tmp_path / "none")))

@@ -1,0 +1,328 @@
+"""Image sets into the lake: pictures in tars stay where they are, others are packed into shards; one row each.
+
+A file of a set (or some rows of it) makes one part, as a shard of a URL list does. Pictures go through the same looks as
+downloaded ones: what is no picture, a copy, purged or kept for evaluation has its row and its reason, and goes no further.
+"""
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from storage import ids, layout
+from storage.adopted import ImageSetRecord, SetFile, read_record, write_record
+from storage.catalog import disk_watched
+from storage.errors import EmptyInput
+from storage.fingerprint import Basis, basis_of, explain
+from storage.intake.adopting.found import Found
+from storage.intake.adopting.image_set import ImageSetConfig
+from storage.intake.adopting.opened import Files, OpenedSet, open_set
+from storage.intake.download_config import DownloadConfig
+from storage.intake.known import KnownImages
+from storage.intake.looking import OF_THE_IMAGE, Looked, ahead, inspected
+from storage.intake.purged import PurgedImages
+from storage.intake.records import IntakeRecord, finished_intake, remember_intake
+from storage.intake.seen import SeenImages
+from storage.intake.text_rules import checked_rules, rule_met
+from storage.lake import Lake
+from storage.schemas import OK
+from storage.shards import Sample, write_shard
+from storage.tables import (
+    Clock,
+    Counts,
+    OnStale,
+    PartRef,
+    commit_part,
+    committed_part,
+    drop_part,
+    iter_part,
+    list_parts,
+    part_manifest,
+    rows_table,
+)
+
+logger = logging.getLogger(__name__)
+
+STAGE_VERSION = 1
+
+Progress = Callable[[int, int], None]
+"""Called with files done and files in all."""
+
+
+def adopt_images(
+    lake: Lake,
+    config: ImageSetConfig,
+    download: DownloadConfig,
+    *,
+    round: int,
+    position: int = 0,
+    on_stale: OnStale = "error",
+    on_progress: Progress | None = None,
+) -> list[PartRef]:
+    """Bring an image set into the lake as this round's; its pairs parts, then its captions parts.
+
+    `position` tells the sets of a round apart, from 0. Of `download` the settings of images and texts count. Files and rows
+    that the lake has from an earlier round are left out; with nothing new the answer is [].
+    Raises EmptyInput (no file, or no picture in the whole lake afterwards), ConfigError (a set of no known shape),
+    StaleOutput (this round took in something else), CorruptData, StorageFull.
+    """
+    opened = open_set(config, shard_rows=download.shard_rows, max_bytes=download.max_image_bytes)
+    prefix = layout.image_set(round, position, in_place=opened.in_place)
+    with _Adoption(lake, opened, download, prefix, on_stale) as adoption:
+        record = f"images-{position:02d}"
+        done = finished_intake(lake, round, record, adoption.basis, on_stale)
+        if done is not None:
+            return list(done.parts)
+        with disk_watched(lake, layout.WORK):
+            parts = adoption.run(on_progress)
+    if not adoption.earlier and not any(_num_ok(lake, ref) for ref in parts):
+        raise EmptyInput(
+            f"image set {config.name}: none of the rows of {config.path} gave an image ({_outcomes(lake, parts)}); check "
+            "the path and the format, then run the same command again"
+        )
+    remember_intake(lake, round, record, IntakeRecord(basis=adoption.basis, parts=tuple(parts)))
+    return parts
+
+
+class _Adoption:
+    """One set on its way in, and what the lake has already."""
+
+    def __init__(
+        self,
+        lake: Lake,
+        opened: OpenedSet,
+        config: DownloadConfig,
+        prefix: str,
+        on_stale: OnStale,
+    ) -> None:
+        self.lake, self.opened, self.config = lake, opened, config
+        self.prefix, self.on_stale = prefix, on_stale
+        web = [ref for ref in list_parts(lake, "pairs") if ref.name.startswith("web-")]
+        # Names sort by round and place: what comes after this set is none of its business.
+        self.earlier = [ref for ref in web if ref.name < prefix]
+        self._own = [ref for ref in web if ref.name.startswith(f"{prefix}-")]
+        folder = lake.scratch("adopt", prefix)
+        self._num_rows = 0
+        self._rows = SeenImages(folder)
+        self._known = KnownImages(lake, folder, config)
+        self._purged = PurgedImages(lake, folder)
+        for ref in self.earlier:
+            self._remember_rows(ref)
+        self.files = self._new_files()
+        self.basis = self._basis()
+
+    def __enter__(self) -> "_Adoption":
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        for each in (self._rows, self._known, self._purged):
+            each.__exit__(*raised)
+
+    def run(self, on_progress: Progress | None) -> list[PartRef]:
+        """All parts, file by file; the pairs first, then the captions."""
+        self._drop_outdated()
+        for ref in self.earlier:
+            self._known.remember(ref)
+        record = ImageSetRecord(
+            name=self.opened.config.name,
+            format=self.opened.format,
+            root=self.opened.root.uri,
+            files=tuple(self.files),
+        )
+        write_record(self.lake, self.prefix, record)
+        pairs, captions = [], []
+        for index, file in enumerate(self.files):
+            made = self._part(index, file)
+            pairs.append(made[0])
+            captions.append(made[1])
+            if on_progress is not None:
+                on_progress(index + 1, len(self.files))
+        return [*pairs, *captions]
+
+    def _basis(self) -> Basis:
+        config = self.opened.config
+        settings = self.config.data_settings() | {
+            "name": config.name,
+            "format": self.opened.format,
+            "fields": [config.image_column, config.caption_column, config.url_column],
+            "licence_column": config.licence_column,
+            "splits": None if config.splits is None else list(config.splits),
+        }
+        listing = hashlib.sha256(json.dumps(self.opened.listing()).encode()).hexdigest()[:32]
+        inputs = [f"files {listing}", *(ref.fingerprint for ref in self.earlier)]
+        return basis_of("adopt_images", STAGE_VERSION, settings, inputs)
+
+    def _new_files(self) -> list[SetFile]:
+        """The files that no earlier intake of this set had."""
+        if isinstance(self.opened, Files):
+            self.opened.leave_out(lambda name: self._rows.place(self._key(name)) is not None)
+            return self.opened.files()
+        known: set[SetFile] = set()
+        for prefix in sorted({ref.name.rpartition("-")[0] for ref in self.earlier}):
+            if not self.lake.root.exists(layout.image_set_record(prefix)):
+                continue
+            record = read_record(self.lake, prefix)
+            if record.name == self.opened.config.name:
+                known |= set(record.files)
+        return [file for file in self.opened.files() if file not in known]
+
+    def _drop_outdated(self) -> None:
+        """Forget what this round took in of the set before, when it is to be taken in anew."""
+        bases = [part_manifest(self.lake, ref).basis.get("intake", {}) for ref in self._own]
+        if self.on_stale != "rebuild" or not any(explain(basis, self.basis) for basis in bases):
+            return
+        texts = list_parts(self.lake, "captions", 0)
+        for ref in [*self._own, *(t for t in texts if t.name.startswith(f"{self.prefix}-"))]:
+            drop_part(self.lake, ref)
+
+    def _part(self, index: int, file: SetFile) -> tuple[PartRef, PartRef]:
+        """One file's pairs and captions, unless they are committed; its shard where pictures are packed."""
+        name = layout.part_name(self.prefix, index)
+        basis = self.basis | {"intake": self.basis, "part": index}
+        stale = self.on_stale
+        made = committed_part(self.lake, "pairs", name, basis=basis, on_stale=stale)
+        texts = committed_part(self.lake, "captions", name, round=0, basis=basis, on_stale=stale)
+        if made is not None and texts is not None:
+            self._known.remember(made)
+            self._remember_rows(made)
+            self._num_rows += made.num_rows
+            return made, texts
+        clock = Clock()
+        rows: list[tuple[dict[str, Any], Found]] = []
+        samples = self._samples(file, rows, name)
+        if self.opened.in_place:
+            for _ in samples:
+                pass
+        else:
+            _, ranges = write_shard(self.lake, name, samples)
+            where = {each.key: each.offset for each in ranges}
+            for pair, _ in rows:
+                if pair["status"] == OK:
+                    pair["offset"] = where[pair["key"]]
+        self._num_rows += len(rows)
+        return self._commit(name, basis, rows, clock)
+
+    def _samples(
+        self, file: SetFile, rows: list[tuple[dict[str, Any], Found]], shard: str
+    ) -> Iterator[Sample]:
+        """The pictures of a file that are kept; a pair for each row is put into `rows`, with what was found."""
+        for looked, found in ahead(self._look, self._unknown(self.opened.rows(file))):
+            pair = looked.pair | {"row": self._num_rows + len(rows)}
+            gone = self._purged.outcome_of_address(pair["url"])
+            if gone is not None:
+                pair |= dict.fromkeys(OF_THE_IMAGE) | gone
+            rows.append((pair, found))
+            if gone or looked.image is None or looked.looks is None:
+                continue
+            gone = self._purged.outcome(pair["image_id"])
+            if gone is not None:
+                pair |= dict.fromkeys(OF_THE_IMAGE) | gone
+                continue
+            refused = self._known.refusal(pair["image_id"], pair["key"], looked.looks)
+            if refused is not None:
+                pair |= {"status": refused[0], "reason": refused[1]}
+                continue
+            pair |= {"shard": shard, "offset": found.offset, "size": len(looked.image)}
+            meta = {name: pair[name] for name in ("url", "alt_text", "source_name", "image_id")}
+            yield Sample(key=pair["key"], image=looked.image, ext=looked.ext, meta=meta)
+
+    def _unknown(self, found: Iterator[Found]) -> Iterator[Found]:
+        """Rows that neither an earlier intake nor this one had."""
+        for each in found:
+            if self._rows.add(self._key(each.name), each.name) is None:
+                yield each
+
+    def _key(self, name: str) -> str:
+        """The key of a row: of its place in the set, which texts do not change."""
+        return ids.pair_key(self.opened.config.name, name, None)
+
+    def _pair(self, found: Found) -> dict[str, Any]:
+        url = found.url or found.name
+        extra = {"name": found.name, **found.extra}
+        pair: dict[str, Any] = {
+            "key": self._key(found.name),
+            "pool": "web",
+            "source_name": self.opened.config.name,
+            "url": url,
+            "alt_text": found.texts[0] if found.texts else None,
+            "status": found.status,
+            "reason": found.reason,
+            "attempts": 0,
+            "licence": found.licence,
+            "extra": json.dumps(extra, sort_keys=True, default=str, ensure_ascii=False),
+        }
+        return pair
+
+    def _look(self, found: Found) -> tuple[Looked, Found]:
+        """The pair of a row with what its picture shows; called from several threads."""
+        pair = self._pair(found)
+        if pair["status"] is not None:
+            return Looked(pair=pair), found
+        image = found.image
+        if image is None:
+            assert found.file is not None
+            try:
+                image = self.opened.root.read_bytes(found.file)
+            except FileNotFoundError:
+                pair |= {"status": "lost", "reason": "its file went while the set was read"}
+                return Looked(pair=pair), found
+        return inspected(pair, image, self.config), found
+
+    def _commit(
+        self, name: str, basis: Basis, rows: list[tuple[dict[str, Any], Found]], clock: Clock
+    ) -> tuple[PartRef, PartRef]:
+        """The captions first: a shard counts as done when its pairs are committed too."""
+        pairs = [pair for pair, _ in rows]
+        captions = [each for pair, found in rows for each in self._captions(pair, found)]
+        num_ok = sum(pair["status"] == OK for pair in pairs)
+        texts = commit_part(
+            self.lake,
+            "captions",
+            name,
+            rows_table("captions", captions),
+            round=0,
+            basis=basis,
+            clock=clock,
+        )
+        reasons = Counter(pair["status"] for pair in pairs if pair["status"] != OK)
+        counts = Counts(num_in=len(pairs), num_ok=num_ok, reasons=dict(sorted(reasons.items())))
+        table = rows_table("pairs", pairs)
+        made = commit_part(self.lake, "pairs", name, table, basis=basis, counts=counts, clock=clock)
+        return made, texts
+
+    def _captions(self, pair: dict[str, Any], found: Found) -> Iterator[dict[str, Any]]:
+        if pair["status"] != OK:
+            return
+        rules = checked_rules(self.config.text_rules)
+        for text in found.texts:
+            yield {
+                "caption_id": ids.caption_id(pair["image_id"], "web", text),
+                "image_id": pair["image_id"],
+                "source": "web",
+                "caption": text,
+                "status": rule_met(text, rules) or OK,
+                "round": 0,
+            }
+
+    def _remember_rows(self, pairs: PartRef) -> None:
+        for batch in iter_part(self.lake, pairs, ["key", "source_name"]):
+            rows = batch.to_pylist()
+            own = self.opened.config.name
+            self._rows.add_all(
+                (row["key"] for row in rows if row["source_name"] == own), pairs.name
+            )
+
+
+def _num_ok(lake: Lake, ref: PartRef) -> int:
+    return part_manifest(lake, ref).num_ok if ref.table == "pairs" else 0
+
+
+def _outcomes(lake: Lake, parts: list[PartRef]) -> str:
+    """The statuses of all rows, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for ref in parts:
+        if ref.table == "pairs":
+            counts.update(part_manifest(lake, ref).reasons)
+    return ", ".join(f"{status} {n}" for status, n in counts.most_common()) or "no row"
