@@ -53,13 +53,14 @@ def content_changes(lake: Lake, image_ids: pa.Array, hide: Hide) -> Iterator[Cha
 
 
 def _of_shard(lake: Lake, pairs: PartRef, gone: set[str]) -> Iterator[Change]:
-    """Captions are made of the images of a shard, scores of its texts."""
-    rows = read_part(lake, pairs, ["image_id", "status", "pool"]).to_pylist()
-    ids = [row["image_id"] for row in rows if row["status"] == "ok" and row["pool"] == "web"]
-    if gone.isdisjoint(ids):
+    """Captions are made of the images of a shard, scores of its texts, some of which are of images elsewhere."""
+    rows = read_part(lake, pairs, ["image_id", "status", "pool", "shard"]).to_pylist()
+    web = [row for row in rows if row["pool"] == "web" and row["shard"] is not None]
+    ids = [row["image_id"] for row in web if row["status"] == "ok"]
+    if gone.isdisjoint(row["image_id"] for row in web):
         return
     left = [image_id for image_id in ids if image_id not in gone]
-    web = _texts(lake, committed_part(lake, "captions", pairs.name, round=0))
+    texts_of_web = _texts(lake, committed_part(lake, "captions", pairs.name, round=0))
     for record in rounds.list_rounds(lake):
         for variant in [None, *_variants(lake, pairs, record.round)]:
             captions, scores = (
@@ -75,7 +76,7 @@ def _of_shard(lake: Lake, pairs: PartRef, gone: set[str]) -> Iterator[Change]:
                 yield captions.path, images_input(ids), images_input(left)
             if scores is not None:
                 # Web texts have their scores from the round.
-                texts = [*(web if variant is None else []), *_texts(lake, captions)]
+                texts = [*(texts_of_web if variant is None else []), *_texts(lake, captions)]
                 kept = [caption_id for caption_id, image_id in texts if image_id not in gone]
                 yield scores.path, texts_input(each[0] for each in texts), texts_input(kept)
 

@@ -189,6 +189,8 @@ class IngestSettings(Section):
     """What becomes of a web image that shows what a held-out one or a canary shows, also resized, cropped or framed."""
     near_duplicates: Literal["drop", "keep"] = "keep"
     """What becomes of a web image that shows what an earlier one shows."""
+    texts_per_image: int = Field(default=5, ge=1)
+    """Most texts of an image: of its first row, and of later ones with its address or its bytes; 1 is the first row's alone."""
     text_rules: tuple[str, ...] = ()
     """Rules that alt texts have to pass: no_letters, too_short, too_long, file_name, url_like, boilerplate, e_mail, phone, or all."""
     shard_rows: int = Field(default=1000, ge=1)

@@ -7,6 +7,7 @@ from the CLI, from Python and from a deployment's parameters alike.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -35,6 +36,7 @@ from flows.sections import (
     WorldSettings,
 )
 from flows.train_section import TrainSettings
+from storage.intake.download_config import AS_BEFORE
 from storage.policy_file import explain_absent, read_policy
 
 PRESET_FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -178,10 +180,7 @@ class BootstrapSettings(Section):
         dumped: dict[str, Any] = self.model_dump(mode="json")
         for name in NOT_IN_FINGERPRINTS:
             dumped.pop(name)
-        for name in INGEST_NOT_IN_FINGERPRINTS:
-            dumped["ingest"].pop(name)
-        if not self.ingest.image_sets:  # younger than the first lakes
-            dumped["ingest"].pop("image_sets")
+        dumped["ingest"] = ingest_basis(self.ingest)
         dumped["caption"], dumped["score"] = curate_basis(self.caption), curate_basis(self.score)
         for name in EVALUATE_NOT_IN_FINGERPRINTS:
             dumped["evaluate"].pop(name)
@@ -201,6 +200,13 @@ class BootstrapSettings(Section):
     def with_changes(self, changes: Mapping[str, Any]) -> BootstrapSettings:
         """A copy with nested `changes` merged in and validated again."""
         return parse_settings(merge(self.model_dump(mode="json"), changes))
+
+
+def ingest_basis(settings: IngestSettings) -> dict[str, Any]:
+    """What of the settings of the intake its rows depend on; younger fields only where they change them."""
+    dumped = settings.model_dump(mode="json", exclude=set(INGEST_NOT_IN_FINGERPRINTS))
+    before = json.loads(json.dumps(AS_BEFORE | {"image_sets": []}))
+    return {k: v for k, v in dumped.items() if k not in before or v != before[k]}
 
 
 def train_basis(settings: TrainSettings) -> dict[str, Any]:

@@ -47,8 +47,8 @@ def lines_of(found: dict[str, Any]) -> list[str]:
         )
         if row["shard"]:
             lines.append(
-                f"  stored    {row['shard']}.tar, {row['size']} bytes from {row['offset']}, "
-                f"{row['width']} x {row['height']} px"
+                f"  stored    {row['shard']}.tar, {row['size']} bytes from {row['offset']}"
+                + (f", {row['width']} x {row['height']} px" if row["width"] else "")
             )
         if row["licence"]:
             lines.append(f"  licence   {row['licence']}")

@@ -1,13 +1,15 @@
 """Candidates: every text that a round decides on, as SQL over the parts that hold them.
 
 Parts that are made from one shard share its name, so a few shards at a time are joined: what has to be in memory is
-as small as one likes, and rows come in an order that depends on nothing but the parts.
+as small as one likes, and rows come in an order that depends on nothing but the parts. All texts of an image come together,
+also those that later rows brought (`storage.guests`).
 """
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from storage import layout
+from storage.guests import Guests
 from storage.lake import Lake
 from storage.parts_sql import rows_of
 from storage.tables import PartRef, list_parts
@@ -42,6 +44,8 @@ class Candidates:
     round: int
     shards: dict[str, dict[str, PartRef]]
     """By name of the shard: its parts, by pairs, web, synthetic, scores and, with a variant, variant_scores."""
+    guests: Guests
+    """Web texts that stand in another part than that of their image."""
     variant: str | None = None
 
     @property
@@ -96,14 +100,19 @@ class Candidates:
             table = "p" if column == "source_name" else table
             picked.append(f"{table}.{(of_scores | of_judge).get(column, column)} AS {column}")
         tables = {"web": "captions", "synthetic": layout.variant_table("captions", self.variant)}
-        texts = " UNION ALL ".join(
-            f"SELECT caption_id, image_id, source, caption "
+        texts = {
+            source: f"SELECT caption_id, image_id, source, caption "
             f"FROM ({rows_of(lake, table, parts[source])}) "
             f"WHERE source = '{source}' AND status = 'ok'"
             for source, table in tables.items()
-        )
+        }
+        chunk = None if shards is None else sorted(shards)
+        if chunk and (guests := self.guests.texts_sql(chunk)):
+            here = f"SELECT image_id FROM ({rows_of(lake, 'pairs', parts['pairs'])}) WHERE status = 'ok'"
+            texts["web"] += f" AND image_id IN ({here})"
+            texts["guests"] = guests
         if set(of_scores) & set(columns):
-            scores = self._scores(parts)
+            scores = self._scores(parts, chunk)
             joins.append(
                 f"LEFT JOIN ({scores}) s ON s.caption_id = c.caption_id AND s.round = {round}"
             )
@@ -117,11 +126,13 @@ class Candidates:
                 f"FROM ({pairs}) WHERE pool = 'web' AND status = 'ok' GROUP BY image_id) p "
                 "ON p.image_id = c.image_id"
             )
-        return f"SELECT {', '.join(picked)} FROM ({texts}) c {' '.join(joins)}"
+        return f"SELECT {', '.join(picked)} FROM ({' UNION ALL '.join(texts.values())}) c {' '.join(joins)}"
 
-    def _scores(self, parts: dict[str, list[PartRef]]) -> str:
+    def _scores(self, parts: dict[str, list[PartRef]], chunk: list[str] | None) -> str:
         """Scores of all texts; with a variant, those of its captions take the place of the round's, text by text."""
         own = rows_of(self.lake, "scores", parts["scores"])
+        if chunk and (guests := self.guests.scores_sql(chunk)):
+            own = f"{own} UNION ALL BY NAME {guests}"
         if self.variant is None:
             return own
         theirs = rows_of(self.lake, "variant_scores", parts["variant_scores"])
@@ -155,4 +166,6 @@ def candidates_of(lake: Lake, round: int, variant: str | None = None) -> Candida
             name = ref.name.removeprefix(prefix)
             if ref.name.startswith(prefix) and name in shards:
                 shards[name][kind] = ref
-    return Candidates(lake=lake, round=round, shards=shards, variant=variant)
+    return Candidates(
+        lake=lake, round=round, shards=shards, guests=Guests(lake, shards), variant=variant
+    )

@@ -3,6 +3,7 @@
 import json
 import re
 from bisect import bisect_left
+from pathlib import PurePosixPath
 from typing import Any
 
 import duckdb
@@ -15,7 +16,7 @@ from storage.lake import Lake
 from storage.parts_sql import rows_of
 from storage.schemas import OK
 from storage.steady import steadily
-from storage.tables import committed_part
+from storage.tables import committed_part, list_parts
 
 MOST_IMAGES = 20
 """Images that one address may have stood for; more are counted and not shown."""
@@ -30,7 +31,7 @@ FROM pairs WHERE {where} ORDER BY pool, "row"
 _TEXTS = """
 SELECT caption_id, source, caption, status, round, model_id AS captioner_id, top_p, seed, "index", mean_logprob,
     finish_reason
-FROM captions WHERE image_id = $id ORDER BY source DESC, round, "index", caption_id
+FROM captions WHERE image_id = $id ORDER BY source DESC, round, "index", caption_id, status <> 'ok'
 """
 _SCORES = """
 SELECT caption_id, round, model_id AS filter_id, itm_prob, itc_sim, status, error
@@ -84,6 +85,8 @@ def _why(lake: Lake, asked: str, memory_limit: str) -> dict[str, Any]:
             # By its id every row of the image is known already; an address may be one of several.
             all_rows = rows if by_id else _ask(con, _PAIRS.format(where="image_id = $id"), image_id)
             shards = {row["shard"] for row in all_rows if row["status"] == OK}
+            if any(row["shard"] and row["status"] != OK for row in all_rows):
+                shards |= _parts_with(lake, con, image_id)
             _only_shards(lake, con, shards)
             images.append(_image(lake, con, image_id, caption_id, models))
     return {
@@ -107,12 +110,15 @@ def _image(
     trained = [(model, _rows_trained_on(lake, model["trained_on"], image_id)) for model in models]
     for text in texts:
         own = text["caption_id"]
-        text["scores"] = _of(scores, own)
-        text["decisions"] = _of(decisions, own)
+        is_ok = (
+            text["status"] == OK
+        )  # the same words again have the same id, and no fate of their own
+        text["scores"] = _of(scores, own) if is_ok else []
+        text["decisions"] = _of(decisions, own) if is_ok else []
         text["trained"] = [
             {name: model[name] for name in ("model_id", "role", "round", "trained_on")}
             for model, rows in trained
-            if rows is not None and (text["caption"], text["source"]) in rows
+            if is_ok and rows is not None and (text["caption"], text["source"]) in rows
         ]
     if caption_id is not None:
         texts = [text for text in texts if text["caption_id"] == caption_id]
@@ -136,6 +142,16 @@ def _image_of(con: duckdb.DuckDBPyConnection, caption_id: str) -> str | None:
         "SELECT image_id FROM captions WHERE caption_id = $id LIMIT 1", {"id": caption_id}
     ).fetchall()
     return str(rows[0][0]) if rows else None
+
+
+def _parts_with(lake: Lake, con: duckdb.DuckDBPyConnection, image_id: str) -> set[str]:
+    """Names of the parts whose rows brought texts of an image, which need not lie in the shard of that name."""
+    pairs = rows_of(lake, "pairs", list_parts(lake, "pairs"), named=True)
+    found = con.execute(
+        f"SELECT DISTINCT part FROM ({pairs}) WHERE image_id = $id AND shard IS NOT NULL",
+        {"id": image_id},
+    ).fetchall()
+    return {PurePosixPath(part).stem for (part,) in found}
 
 
 def _only_shards(lake: Lake, con: duckdb.DuckDBPyConnection, shards: set[str]) -> None:

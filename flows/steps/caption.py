@@ -52,6 +52,20 @@ def web_images(run: Run, pairs: PartRef) -> list[ImageRow]:
     ]
 
 
+def guest_images(run: Run, pairs: PartRef) -> list[ImageRow]:
+    """Images of other shards that rows of a pairs part have a text for, in the order in which they lie."""
+    columns = ["image_id", "shard", "offset", "size", "status", "pool"]
+    rows = read_part(run.lake, pairs, columns).to_pylist()
+    found = {
+        ImageRow(
+            image_id=row["image_id"], shard=row["shard"], offset=row["offset"], size=row["size"]
+        )
+        for row in rows
+        if row["pool"] == "web" and row["status"] != "ok" and row["shard"] not in (None, pairs.name)
+    }
+    return sorted(found, key=lambda row: (row.shard, row.offset))
+
+
 class CaptionRows:
     """Rows of `captions` for one shard, kept in the order of its images whenever they are made.
 

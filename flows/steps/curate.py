@@ -178,9 +178,10 @@ class Curation:
     def _take_picture(self, job: ShardJob, picture: Picture) -> None:
         if picture.error is not None:
             job.num_unreadable += picture.is_unreadable
-            for rows in job.rows:
+            is_own = picture.place < job.num_own
+            for rows in job.rows if is_own else filter(None, [job.scores]):
                 rows.failed(picture.place, picture.row.image_id, "decode_error", picture.error)
-        elif job.captions is None:
+        elif job.captions is None or picture.place >= job.num_own:
             self._queue_for_scoring(job, picture)
         else:
             assert self._captioner is not None

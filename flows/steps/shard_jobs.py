@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from flows.patience import patiently
 from flows.session import Run
 from flows.steps.batches import counts_of, rows_table
-from flows.steps.caption import CaptionRows, caption_basis, web_images
+from flows.steps.caption import CaptionRows, caption_basis, guest_images, web_images
 from flows.steps.score import ScoreRows, texts_by_image
 from flows.stream import ImageRow, Picture
 from storage import Clock, ModelRef, PartRef, carried_part, commit_part, committed_part, layout
@@ -50,7 +50,9 @@ class ShardJob:
 
     pairs: PartRef
     images: list[ImageRow]
-    """Those that are decoded, in row order; none when everything is committed."""
+    """Those that are decoded, its own in row order, then guests; none when everything is committed."""
+    num_own: int = 0
+    """The first of the images: those that lie in the shard. Guests lie in another and only have their texts scored."""
     captions: CaptionRows | None = None
     scores: ScoreRows | None = None
     found: list[PartRef] = field(default_factory=list)
@@ -90,6 +92,7 @@ def plan_shard(
             job.found.append(part)
         else:
             job.captions, job.images = CaptionRows(run, captioner, basis), images
+            job.num_own = len(images)
     if scorer is not None:
         texts_of = patiently(texts_by_image, run, pairs, captioned=job.captions is None)
         rows = ScoreRows(run, scorer, texts_of)
@@ -100,6 +103,10 @@ def plan_shard(
             job.scores = rows
         if job.scores is not None and job.captions is None:
             job.images = [row for row in images if row.image_id in texts_of]
+            job.num_own = len(job.images)
+        if job.scores is not None:
+            guests = patiently(guest_images, run, pairs)
+            job.images = [*job.images, *(row for row in guests if row.image_id in texts_of)]
     return job
 
 

@@ -9,6 +9,10 @@ from storage.intake.fetching.hosts import HostRules
 from storage.intake.fetching.opener import OpenerConfig
 from storage.intake.text_rules import checked_rules
 
+AS_BEFORE: dict[str, Any] = {"texts_per_image": 1}
+"""Fields younger than the first lakes, with the value that does what was done before them: with that they are no part
+of a fingerprint, so that those lakes stay valid for whoever gives it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DownloadConfig:
@@ -70,6 +74,8 @@ class DownloadConfig:
     """What becomes of an image that shows what a held-out one or a canary shows."""
     near_duplicates: Literal["drop", "keep"] = "keep"
     """What becomes of an image that shows what another web image shows."""
+    texts_per_image: int = 5
+    """Most texts of an image: those of its first row, and of later ones with its address or its bytes. 1 is the first alone."""
     text_rules: tuple[str, ...] = ()
     """Rules that alt texts have to pass, by name (`text_rules.RULES`); `all` is every one."""
     shard_rows: int = 1000
@@ -93,6 +99,7 @@ class DownloadConfig:
             "slice_rows",
             "per_host",
             "host_failures",
+            "texts_per_image",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
@@ -123,7 +130,7 @@ class DownloadConfig:
 
     def data_settings(self) -> dict[str, Any]:
         """The fields that shape what is stored, as against how it is fetched."""
-        return {
+        settings: dict[str, Any] = {
             "image_size_px": self.image_size_px,
             "min_image_side_px": self.min_image_side_px,
             "max_image_pixels": self.max_image_pixels,
@@ -138,6 +145,8 @@ class DownloadConfig:
             "text_rules": list(checked_rules(self.text_rules)),
             "shard_rows": self.shard_rows,
         }
+        younger = {"texts_per_image": self.texts_per_image}
+        return settings | {k: v for k, v in younger.items() if v != AS_BEFORE[k]}
 
     @property
     def opener(self) -> OpenerConfig:

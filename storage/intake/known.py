@@ -8,10 +8,11 @@ from storage.catalog import connect
 from storage.intake.alike import KnownLooks
 from storage.intake.download_config import DownloadConfig
 from storage.intake.looks import Looks, looks_of_bytes
-from storage.intake.seen import SeenImages
+from storage.intake.stored import StoredImages
+from storage.intake.texts import texts_by_image
 from storage.lake import Lake
 from storage.schemas import OK
-from storage.tables import PartRef, iter_part
+from storage.tables import PartRef, iter_part, read_part
 
 _RESERVED = """
 SELECT DISTINCT image_id, looks FROM pairs
@@ -27,7 +28,8 @@ class KnownImages:
         """Files go below `folder`. What models are evaluated on, and filters audited with, is known from the start."""
         self._lake = lake
         self._finds_near = config.near_duplicates == "drop"
-        self._seen = SeenImages(folder)
+        self.images = StoredImages(folder)
+        self._unites = config.texts_per_image > 1
         self._web = KnownLooks(folder)
         self._reserved = KnownLooks(folder)
         if config.eval_overlap == "drop":
@@ -44,12 +46,12 @@ class KnownImages:
         err: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for each in (self._seen, self._web, self._reserved):
+        for each in (self.images, self._web, self._reserved):
             each.__exit__(kind, err, trace)
 
     def refusal(self, image_id: str, key: str, looks: Looks) -> tuple[str, str] | None:
         """Status and reason of a picture that is not to be stored; None for a new one, which is known from now on."""
-        first = self._seen.add(image_id, key)
+        first = self.images.first_key(image_id, key)
         if first is not None:
             return "duplicate_image", f"same picture as key {first}"
         found = self._reserved.find(looks)
@@ -62,14 +64,25 @@ class KnownImages:
             self._web.add(image_id, looks)
         return None
 
-    def remember(self, part: PartRef) -> None:
-        """Add the images of a committed part of pairs."""
+    def remember(self, pairs: PartRef, texts: PartRef | None, *, own: bool) -> None:
+        """Add the images of a committed part of pairs, with the captions that it gave; `own` if it is of this list."""
         columns = ["image_id", "status", "key", *(["looks"] if self._finds_near else [])]
-        for batch in iter_part(self._lake, part, columns):
-            for row in batch.to_pylist():
-                if row["status"] == OK:
-                    self._remember(row)
+        captions: dict[str, list[str]] = {}
+        if self._unites:
+            columns += ["row", "shard", "offset", "size"]
+            if texts is not None:
+                rows = read_part(self._lake, texts, ["caption_id", "image_id", "status"])
+                captions = texts_by_image(rows.to_pylist())
+        for batch in iter_part(self._lake, pairs, columns):
+            rows_of_batch = batch.to_pylist()
+            self.images.add(rows_of_batch, captions, own=own)
+            for row in rows_of_batch:
+                if row["status"] == OK and row.get("looks"):
+                    self._web.add(row["image_id"], looks_of_bytes(row["looks"]))
+        self.images.add_texts(captions)
 
-    def _remember(self, row: dict[str, Any]) -> None:
-        if self._seen.add(row["image_id"], row["key"]) is None and row.get("looks"):
-            self._web.add(row["image_id"], looks_of_bytes(row["looks"]))
+    def made(self, pairs: list[dict[str, Any]], captions: list[dict[str, Any]]) -> None:
+        """Add what a part that was just committed holds; its looks are known already."""
+        texts = texts_by_image(captions)
+        self.images.add(pairs, texts, own=True)
+        self.images.add_texts(texts)

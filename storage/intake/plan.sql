@@ -3,8 +3,9 @@
 -- there is nothing to fetch.
 --
 -- Reads listed (row, key, source_name, url, fetch_url, alt_text, licence, extra, bad_text,
--- bad_url, address, host), known (key, url), the web pairs of other rounds, and purged. Of a row that
--- is not fetched because its address or its host was purged, no text is kept.
+-- bad_url, address, host), known (key, url, status, image_id), the web pairs of other rounds, and purged.
+-- Of a row that is not fetched because its address or its host was purged, no text is kept. A duplicate_url
+-- says which image its address had, or which row of the list is the first of it.
 CREATE TEMP TABLE plan AS
 WITH purged_addresses AS (
     SELECT address, min(because) AS because FROM purged WHERE address IS NOT NULL GROUP BY address
@@ -34,7 +35,8 @@ fetchable AS (
     GROUP BY fetch_url
 ),
 known_urls AS (
-    SELECT DISTINCT url FROM known WHERE url IS NOT NULL
+    SELECT url, min(image_id) FILTER (status IN ('ok', 'duplicate_image', 'duplicate_url')) AS image_id
+    FROM known WHERE url IS NOT NULL GROUP BY url
 )
 SELECT
     row_number() OVER (ORDER BY n.row) - 1 AS n,
@@ -55,7 +57,9 @@ SELECT
         WHEN n.bad_url IS NOT NULL THEN n.bad_url
         WHEN k.url IS NOT NULL THEN 'in the lake already, with another text or source'
         WHEN f.first_row < n.row THEN 'same address as row ' || f.first_row
-    END AS reason
+    END AS reason,
+    k.image_id AS known_image,
+    CASE WHEN k.url IS NULL AND f.first_row < n.row THEN f.first_row END AS first_row
 FROM news n
 LEFT JOIN fetchable f ON f.fetch_url = n.fetch_url
 LEFT JOIN known_urls k ON k.url = n.url

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import fsspec
 
-from storage import ids, layout
+from storage import layout
 from storage.catalog import disk_watched
 from storage.errors import ConfigError, EmptyInput
 from storage.fingerprint import Basis, basis_of, explain, fingerprint_of
@@ -29,7 +29,7 @@ from storage.intake.passes import Passes, PassResults, fetch_slice
 from storage.intake.plan import Plan, make_plan
 from storage.intake.purged import PurgedImages
 from storage.intake.records import IntakeRecord, finished_intake, remember_intake
-from storage.intake.text_rules import checked_rules, rule_met
+from storage.intake.texts import WebTexts, counts_of_texts
 from storage.intake.url_list import UrlListConfig, list_files
 from storage.lake import Lake
 from storage.schemas import OK
@@ -145,7 +145,8 @@ class _Intake:
             ) as self._hosts,
         ):
             for ref in self.earlier:
-                known.remember(ref)
+                texts = committed_part(self.lake, "captions", ref.name, round=0)
+                known.remember(ref, texts, own=False)
             for first in range(0, num_parts, per_slice):
                 indices = range(first, min(first + per_slice, num_parts))
                 fetched = self._fetch(plan, indices, folder, on_progress)
@@ -204,7 +205,7 @@ class _Intake:
         """One shard with its pairs and captions, unless it is committed."""
         made = self._committed(index)
         if made is not None:
-            known.remember(made[0])
+            known.remember(*made, own=True)
             return made
         assert fetched is not None, f"part {index} is missing, but nothing was fetched"
         clock = Clock()
@@ -219,7 +220,12 @@ class _Intake:
         for pair in pairs:
             if pair["status"] == OK:
                 pair |= {"shard": name, "offset": where[pair["key"]]}
-        return self._commit(name, index, pairs, clock)
+        web_texts = WebTexts(self.config, known.images)
+        web_texts.unite(pairs, planned)
+        captions = web_texts.captions(pairs)
+        refs = self._commit(name, index, pairs, captions, clock)
+        known.made(pairs, captions)
+        return refs
 
     def _samples(
         self,
@@ -248,15 +254,15 @@ class _Intake:
             yield Sample(key=pair["key"], image=row.image, ext=row.ext, meta=meta)
 
     def _commit(
-        self, name: str, index: int, pairs: list[dict[str, Any]], clock: Clock
+        self,
+        name: str,
+        index: int,
+        pairs: list[dict[str, Any]],
+        captions: list[dict[str, Any]],
+        clock: Clock,
     ) -> tuple[PartRef, PartRef]:
         """The captions first: a shard counts as done when its pairs are committed too."""
         basis = self._part_basis(index)
-        rules = checked_rules(self.config.text_rules)
-        captions = [_caption(pair, rules) for pair in pairs if _has_text(pair)]
-        num_ok = sum(pair["status"] == OK for pair in pairs)
-        untold = Counter(text["status"] for text in captions if text["status"] != OK)
-        untold["no_text"] = num_ok - len(captions)
         texts = commit_part(
             self.lake,
             "captions",
@@ -264,33 +270,15 @@ class _Intake:
             rows_table("captions", captions),
             round=0,
             basis=basis,
-            counts=Counts(
-                num_in=num_ok,
-                num_ok=num_ok - untold.total(),
-                reasons=dict(sorted((+untold).items())),
-            ),
+            counts=counts_of_texts(pairs, captions),
             clock=clock,
         )
+        num_ok = sum(pair["status"] == OK for pair in pairs)
         reasons = Counter(pair["status"] for pair in pairs if pair["status"] != OK)
         counts = Counts(num_in=len(pairs), num_ok=num_ok, reasons=dict(sorted(reasons.items())))
         table = rows_table("pairs", pairs)
         made = commit_part(self.lake, "pairs", name, table, basis=basis, counts=counts, clock=clock)
         return made, texts
-
-
-def _has_text(pair: dict[str, Any]) -> bool:
-    return pair["status"] == OK and bool((pair["alt_text"] or "").strip())
-
-
-def _caption(pair: dict[str, Any], rules: tuple[str, ...]) -> dict[str, Any]:
-    return {
-        "caption_id": ids.caption_id(pair["image_id"], "web", pair["alt_text"]),
-        "image_id": pair["image_id"],
-        "source": "web",
-        "caption": pair["alt_text"],
-        "status": rule_met(pair["alt_text"], rules) or OK,
-        "round": 0,
-    }
 
 
 def _num_ok(lake: Lake, parts: list[PartRef]) -> int:

@@ -34,7 +34,11 @@ CREATE TEMP TABLE authorities AS SELECT '' AS authority, '' AS asked WHERE false
 """
 _CHOSEN = f"""
 CREATE TEMP TABLE chosen AS
-SELECT l.part, l.pool, l.key, l.row, l.url, l.image_id, l.status, l.alt_text, l.shard, l."offset", l.size, s.asked
+SELECT l.part, l.pool, l.key, l.row, l.url, l.image_id, l.status, l.alt_text, s.asked,
+    -- A duplicate names the place of the image that an earlier row stored.
+    CASE l.status WHEN 'ok' THEN l.shard END AS shard,
+    CASE l.status WHEN 'ok' THEN l."offset" END AS "offset",
+    CASE l.status WHEN 'ok' THEN l.size END AS size
 FROM listed l JOIN (SELECT part, key, min(asked) AS asked FROM seeds GROUP BY ALL) s USING (part, key)
 WHERE l.status <> '{PURGED_STATUS}'
 """

@@ -43,6 +43,7 @@ def config(tmp_path: Path) -> Path:
         )
     ]
     settings["ingest"] |= {
+        "texts_per_image": 5,
         "image_sets": [{"path": str(tmp_path / "set"), "name": "tars"}],
         "human": people[:1],
         "heldout": people[1:],

@@ -265,7 +265,7 @@ def test_ingest_after_kill_gives_the_tables_of_an_undisturbed_run(
         pictures.delay_s = 0.0
     assert query(disturbed, "FROM pairs").num_rows == 0
     url_list = UrlListConfig(path=str(path))
-    config = download_config(pictures)
+    config = download_config(pictures, texts_per_image=5)
     asked = pictures.num_requests
     ingest_urls(disturbed, url_list, config, round=1)
     assert pictures.num_requests - asked < 120, "finished shards were fetched again"
@@ -277,10 +277,17 @@ def test_ingest_after_kill_gives_the_tables_of_an_undisturbed_run(
         assert disturbed.root.read_bytes(rel) == undisturbed.root.read_bytes(rel)
     duplicates = query(disturbed, "FROM pairs WHERE status = 'duplicate_image'")
     assert duplicates.num_rows == 10
-    _damage_and_repair(disturbed, url_list, pictures)
+    brought = query(
+        disturbed,
+        "FROM captions c SEMI JOIN pairs p ON p.status = 'duplicate_image' AND p.alt_text = c.caption",
+    )
+    assert brought.num_rows == 10, "a copy's text is a caption of its picture"
+    _damage_and_repair(disturbed, url_list, config, pictures)
 
 
-def _damage_and_repair(lake: Lake, url_list: UrlListConfig, pictures: PictureServer) -> None:
+def _damage_and_repair(
+    lake: Lake, url_list: UrlListConfig, config: DownloadConfig, pictures: PictureServer
+) -> None:
     """A torn shard and a torn part are named, dropped, and fetched again; the rest stays."""
     whole = {table: rows_of(lake, table) for table in ("pairs", "captions")}
     shard = layout.shard("web-0001-00-00003")
@@ -294,7 +301,7 @@ def _damage_and_repair(lake: Lake, url_list: UrlListConfig, pictures: PictureSer
     assert all(Path(d.path).name in d.why for d in dropped)
     assert query(lake, "FROM pairs").num_rows == 110
     before = pictures.num_requests
-    ingest_urls(lake, url_list, download_config(pictures), round=1)
+    ingest_urls(lake, url_list, config, round=1)
     assert pictures.num_requests - before == 20
     assert {table: rows_of(lake, table) for table in whole} == whole
 

@@ -125,6 +125,7 @@ def download_config(server: PictureServer, **changes: object) -> DownloadConfig:
         "threads": 8,
         "robots": "ignore",
         "retry_passes": 0,
+        "texts_per_image": 1,
     }
     return DownloadConfig(**given | changes)  # type: ignore[arg-type]
 

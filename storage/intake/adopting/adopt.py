@@ -25,7 +25,7 @@ from storage.intake.looking import OF_THE_IMAGE, Looked, ahead, inspected
 from storage.intake.purged import PurgedImages
 from storage.intake.records import IntakeRecord, finished_intake, remember_intake
 from storage.intake.seen import SeenImages
-from storage.intake.text_rules import checked_rules, rule_met
+from storage.intake.texts import WebTexts, counts_of_texts
 from storage.lake import Lake
 from storage.schemas import OK
 from storage.shards import Sample, write_shard
@@ -46,6 +46,9 @@ from storage.tables import (
 logger = logging.getLogger(__name__)
 
 STAGE_VERSION = 1
+
+_NOT_PLANNED: dict[str, Any] = {"known_image": None, "first_row": None}
+"""Nobody knew beforehand which rows would repeat another."""
 
 Progress = Callable[[int, int], None]
 """Called with files done and files in all."""
@@ -124,7 +127,8 @@ class _Adoption:
         """All parts, file by file; the pairs first, then the captions."""
         self._drop_outdated()
         for ref in self.earlier:
-            self._known.remember(ref)
+            texts = committed_part(self.lake, "captions", ref.name, round=0)
+            self._known.remember(ref, texts, own=False)
         record = ImageSetRecord(
             name=self.opened.config.name,
             format=self.opened.format,
@@ -185,7 +189,7 @@ class _Adoption:
         made = committed_part(self.lake, "pairs", name, basis=basis, on_stale=stale)
         texts = committed_part(self.lake, "captions", name, round=0, basis=basis, on_stale=stale)
         if made is not None and texts is not None:
-            self._known.remember(made)
+            self._known.remember(made, texts, own=True)
             self._remember_rows(made)
             self._num_rows += made.num_rows
             return made, texts
@@ -275,7 +279,9 @@ class _Adoption:
     ) -> tuple[PartRef, PartRef]:
         """The captions first: a shard counts as done when its pairs are committed too."""
         pairs = [pair for pair, _ in rows]
-        captions = [each for pair, found in rows for each in self._captions(pair, found)]
+        web_texts = WebTexts(self.config, self._known.images)
+        web_texts.unite(pairs, [_NOT_PLANNED] * len(pairs))
+        captions = web_texts.captions(pairs, [found.texts for _, found in rows])
         num_ok = sum(pair["status"] == OK for pair in pairs)
         texts = commit_part(
             self.lake,
@@ -284,27 +290,15 @@ class _Adoption:
             rows_table("captions", captions),
             round=0,
             basis=basis,
+            counts=counts_of_texts(pairs, captions),
             clock=clock,
         )
         reasons = Counter(pair["status"] for pair in pairs if pair["status"] != OK)
         counts = Counts(num_in=len(pairs), num_ok=num_ok, reasons=dict(sorted(reasons.items())))
         table = rows_table("pairs", pairs)
         made = commit_part(self.lake, "pairs", name, table, basis=basis, counts=counts, clock=clock)
+        self._known.made(pairs, captions)
         return made, texts
-
-    def _captions(self, pair: dict[str, Any], found: Found) -> Iterator[dict[str, Any]]:
-        if pair["status"] != OK:
-            return
-        rules = checked_rules(self.config.text_rules)
-        for text in found.texts:
-            yield {
-                "caption_id": ids.caption_id(pair["image_id"], "web", text),
-                "image_id": pair["image_id"],
-                "source": "web",
-                "caption": text,
-                "status": rule_met(text, rules) or OK,
-                "round": 0,
-            }
 
     def _remember_rows(self, pairs: PartRef) -> None:
         for batch in iter_part(self.lake, pairs, ["key", "source_name"]):
