@@ -22,6 +22,8 @@ def bootstrap(settings: BootstrapSettings) -> RoundOutcome:
     Args:
         settings: preset and whatever is changed over it.
     """
+    if settings.cycle == "next-round":
+        stages.recheck(settings)
     with open_run(settings, purpose="bootstrap") as run:
         require_sets(run)
         stages.ingest(settings)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flows.report import build_report
 from flows.steps import canaries, judge
 from flows.steps.caption import images_input
 from flows.steps.evaluate import heldout_inputs
@@ -29,6 +31,10 @@ from storage import (
     read_part,
     rounds,
 )
+from storage.purge import Around
+
+if TYPE_CHECKING:
+    from storage.purge.run import Progress
 
 Hide = Callable[[duckdb.DuckDBPyConnection], None]
 Change = tuple[str, str, str]
@@ -157,3 +163,21 @@ def _twice(
         before = ask(con)
         hide(con)
         return before, ask(con)
+
+
+def around(on_progress: Progress | None = None) -> Around:
+    """What a purge needs of the flows: what parts will say they were made of, and reports."""
+    return Around(
+        content_changes=content_changes, rebuild_report=_rebuild_report, on_progress=on_progress
+    )
+
+
+def _rebuild_report(lake: Lake, round: int) -> None:
+    """The page again, with as many pictures in a group as it had."""
+    try:
+        page = lake.root.read_bytes(layout.report(round)).decode("utf-8", "replace")
+    except FileNotFoundError:
+        page = ""
+    groups = page.split('<ul class="cards"')[1:]
+    shown = max((group.count("<li data-source=") for group in groups), default=0)
+    build_report(lake, round, gallery_pairs=shown)

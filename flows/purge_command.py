@@ -48,23 +48,24 @@ def register(commands: Any, command: Any) -> None:
 
 def _purge(options: argparse.Namespace) -> int:
     from flows.cli import find_lake
+    from flows.purge_bases import around
     from storage import Lake
     from storage.purge import find, purge, resume
 
     scratch = options.scratch.expanduser().resolve() if options.scratch else None
     lake = Lake.open(find_lake(options.lake), read_only=options.dry_run, scratch_root=scratch)
     if options.resume:
-        done = resume(lake, around())
+        done = resume(lake, around(_tell))
         _show(["no purge was left unfinished"] if done is None else lines_of(done))
     else:
         request = _request(options)
         _show(f"{options.file}, {line}: skipped" for line in request.bad_lines)
         if options.dry_run:
-            found = find(lake, request, around().content_changes)
+            found = find(lake, request, around(_tell).content_changes)
             _show(_dry_lines(lake, found.plan, len(found.already)))
             _write_json(options.json, {"dry_run": True, "plan": _plan_data(found.plan)}, found.rows)
             return 0
-        done = purge(lake, request, around())
+        done = purge(lake, request, around(_tell))
         _show(lines_of(done))
     if done is not None:
         _write_json(options.json, data_of(done), done.rows)
@@ -88,30 +89,6 @@ def _request(options: argparse.Namespace) -> Request:
         is_list=True,
         bad_lines=listed.bad_lines,
     )
-
-
-def around() -> Any:
-    """What a purge needs of the flows: what parts will say they were made of, and reports."""
-    from flows.purge_bases import content_changes
-    from storage.purge import Around
-
-    return Around(
-        content_changes=content_changes, rebuild_report=_rebuild_report, on_progress=_tell
-    )
-
-
-def _rebuild_report(lake: Lake, round: int) -> None:
-    """The page again, with as many pictures in a group as it had."""
-    from flows.report import build_report
-    from storage import layout
-
-    try:
-        page = lake.root.read_bytes(layout.report(round)).decode("utf-8", "replace")
-    except FileNotFoundError:
-        page = ""
-    groups = page.split('<ul class="cards"')[1:]
-    shown = max((group.count("<li data-source=") for group in groups), default=0)
-    build_report(lake, round, gallery_pairs=shown)
 
 
 def _tell(what: str, done: int, total: int) -> None:

@@ -37,35 +37,27 @@ def _recheck(options: argparse.Namespace) -> int:
     for name in ("within", "most"):
         if getattr(options, name) < 1:
             raise SettingsError(f"--{name} must be 1 or more, got {getattr(options, name)}")
-    return recheck_lake(
-        settings_from(options), options.within, options.most, dry_run=options.dry_run
-    )
+    return _ask_again(settings_from(options), options.within, options.most, dry_run=options.dry_run)
 
 
-def recheck_lake(settings: BootstrapSettings, within: int, most: int, *, dry_run: bool) -> int:
-    """Ask for the share whose turn it is by the latest round, and purge what wishes to go."""
-    from flows.purge_command import around, lines_of
-    from flows.steps.ingest import download_config, served_lists
+def _ask_again(settings: BootstrapSettings, within: int, most: int, *, dry_run: bool) -> int:
+    """Ask for the share whose turn it is by the latest round, purge what wishes to go, and tell both."""
+    from flows.purge_command import lines_of
+    from flows.steps.recheck import recheck_lake
     from flows.terminal import console
-    from storage import Lake, rounds
-    from storage.intake.recheck import recheck
-    from storage.purge import Request, asked_image, purge
+    from storage import Lake
 
     lake = Lake.open(settings.machine.lake, read_only=dry_run)
-    last = rounds.latest_round(lake)
-    part = last.round if last is not None else 0
-    with served_lists(settings) as given:
-        found = recheck(lake, download_config(given), part=part, parts=within, most=most)
-    told = ", ".join(f"{said} {number:,}" for said, number in found.outcomes.most_common())
+    done = recheck_lake(lake, settings, within=within, most=most, dry_run=dry_run)
+    outcomes = done.found.outcomes
+    told = ", ".join(f"{said} {number:,}" for said, number in outcomes.most_common())
     console.print(
-        f"asked for {found.outcomes.total():,} images, share {part % within + 1} of {within}: {told or 'none'}",
+        f"asked for {outcomes.total():,} images, share {done.part + 1} of {done.parts}: {told or 'none'}",
         highlight=False,
     )
-    for reason, image_ids in sorted(found.to_purge.items()):
+    for reason, image_ids in sorted(done.found.to_purge.items()):
         console.print(f"{len(image_ids):,} to purge: {reason}", highlight=False)
-        if not dry_run:
-            asked = tuple(asked_image(each) for each in image_ids)
-            done = purge(lake, Request(asked=asked, because=reason), around())
-            for line in lines_of(done):
-                console.print(line, highlight=False)
+    for purged in done.purged:
+        for line in lines_of(purged):
+            console.print(line, highlight=False)
     return 0

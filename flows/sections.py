@@ -168,6 +168,8 @@ class CaptionSetSettings(Section):
 
 INGEST_SOURCES = ("url_lists", "image_sets", "human", "heldout")
 """What is taken in, as against how."""
+RECHECK_FIELDS = ("recheck_within_rounds", "recheck_most")
+"""How what was taken in is asked for again."""
 
 
 class IngestSettings(Section):
@@ -233,6 +235,11 @@ class IngestSettings(Section):
     """Whether the header `tdm-reservation: 1` opts an image out."""
     allow_addresses: tuple[str, ...] = ()
     """Networks that may be reached although they are not public, as 10.0.0.0/8."""
+    recheck_within_rounds: int | None = Field(default=8, ge=1)
+    """Before a later round a share of the kept web images is asked for again, all within so many rounds; those that opted
+    out since, or were taken down, are purged. null asks for none."""
+    recheck_most: int = Field(default=100_000, ge=1)
+    """Most images asked for again before one round."""
     processes: int = Field(default=1, ge=1)
     """Processes of img2dataset."""
     threads: int = Field(default=32, ge=1)

@@ -86,7 +86,7 @@ def open_run(settings: BootstrapSettings, *, purpose: str) -> Iterator[Run]:
     if held is not None:
         yield held
         return
-    lake = _opened(settings, create=True)
+    lake = opened(settings, create=True)
     with lake.lock(purpose):
         remember_lake(uri)
         by_hand.settle(lake)
@@ -121,7 +121,7 @@ def open_beside(
         MissingInput: the lake has no such round.
         SettingsError: the settings are those of other texts.
     """
-    lake = _opened(settings, create=False)
+    lake = opened(settings, create=False)
     with lake.lock(purpose):
         remember_lake(settings.machine.lake)
         known = [record.round for record in rounds.list_rounds(lake)]
@@ -142,7 +142,8 @@ def open_beside(
         yield Run(lake, settings, number)
 
 
-def _opened(settings: BootstrapSettings, *, create: bool) -> Lake:
+def opened(settings: BootstrapSettings, *, create: bool) -> Lake:
+    """The lake of the settings, not locked. Raises SettingsError for a device that is not there, LakeNotFound."""
     _show_log_lines()
     choose_device(settings.machine.device)
     if settings.machine.num_threads:

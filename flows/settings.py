@@ -23,6 +23,7 @@ from flows.errors import SettingsError
 from flows.gate_section import GateSettings, gate_basis
 from flows.sections import (
     INGEST_SOURCES,
+    RECHECK_FIELDS,
     CaptionSettings,
     CurateSettings,
     DecideSettings,
@@ -51,6 +52,7 @@ INGEST_NOT_IN_FINGERPRINTS = (
     "stall_timeout_s",
     "max_restarts",
     "slice_rows",
+    *RECHECK_FIELDS,
 )
 CURATE_NOT_IN_FINGERPRINTS = ("batch_size",)
 CURATE_ADDED_LATER = ("captioner", "captioner_image_size_px", "scorer", "dtype", "length_penalty")

@@ -29,6 +29,12 @@ from storage import ModelRef, PartRef, registry, rounds, write_catalog
 logger = logging.getLogger(__name__)
 
 
+@flow(name="recheck")
+def recheck(settings: BootstrapSettings) -> None:
+    """Before a later round: a share of the kept web images is asked for again, and who opted out since is purged."""
+    tasks.recheck_task(settings)
+
+
 @flow(name="ingest", validate_parameters=True)
 def ingest(settings: BootstrapSettings) -> StageResult:
     """URL lists and human pairs to shards, `pairs` and `captions` of round 0."""

@@ -24,6 +24,7 @@ from flows.steps import (
     evaluate,
     ingest,
     judge,
+    recheck,
     train,
     variants,
     write_report,
@@ -59,6 +60,7 @@ def pipeline_task(step: Callable[P, R], name: str, *tags: str) -> Callable[P, R]
     return cast("Callable[P, R]", made)
 
 
+recheck_task = pipeline_task(recheck.recheck_before_round, "recheck", "network")
 ingest_all_task = pipeline_task(ingest.ingest_all, "ingest", "network")
 train_model_task = pipeline_task(train.train_model, "train", "device")
 curate_shards_task = pipeline_task(curate_shards.curate_shards, "curate-shards", "device")

@@ -92,6 +92,11 @@ def intake_record(round: int, name: str) -> str:
     return f"{round_dir(round)}/intake-{name}.json"
 
 
+def recheck_record(round: int) -> str:
+    """What asking again for kept images has shown after a round."""
+    return f"{round_dir(round)}/recheck.json"
+
+
 def trainset(fingerprint: str) -> str:
     """The Arrow file of a training set."""
     return f"{TRAINSETS}/{fingerprint}.arrow"

@@ -10,7 +10,13 @@ from pathlib import Path
 from flows.errors import MissingInput
 from flows.quickstart.server import WorldServer
 from flows.quickstart.world import World, WorldConfig, build_world
-from flows.sections import INGEST_SOURCES, CaptionSetSettings, IngestSettings, UrlListSettings
+from flows.sections import (
+    INGEST_SOURCES,
+    RECHECK_FIELDS,
+    CaptionSetSettings,
+    IngestSettings,
+    UrlListSettings,
+)
 from flows.session import Run
 from flows.settings import BootstrapSettings
 from storage import (
@@ -102,7 +108,7 @@ def require_sets(run: Run) -> None:
 
 def download_config(settings: IngestSettings) -> DownloadConfig:
     """How the lists of the settings are fetched."""
-    return DownloadConfig(**settings.model_dump(exclude=set(INGEST_SOURCES)))
+    return DownloadConfig(**settings.model_dump(exclude={*INGEST_SOURCES, *RECHECK_FIELDS}))
 
 
 @contextmanager

@@ -164,6 +164,7 @@ class DownloadConfig:
             max_redirects=self.max_redirects,
             opt_out_directives=self.disallowed_headers,
             honour_tdm=self.honour_tdm,
+            proxy=self.http_proxy,
         )
 
     @property

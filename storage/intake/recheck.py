@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _KEPT = """
 SELECT image_id, url FROM pairs
-WHERE pool = 'web' AND status = 'ok' AND hash(image_id) % $parts = $part
+WHERE pool = 'web' AND status = 'ok' AND url ILIKE 'http%' AND hash(image_id) % $parts = $part
 ORDER BY hash(image_id, 1) LIMIT $most
 """
 STILL_THERE = "still there"

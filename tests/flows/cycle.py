@@ -69,6 +69,7 @@ def tiny_settings(lake: Path, world: Path, **changes: Any) -> dict[str, Any]:
             "threads": 8,
             "retry_passes": 0,
             "eval_overlap": "keep",
+            "recheck_within_rounds": None,
             "texts_per_image": 1,
         },
         "model": {"preset": "tiny", "tokenizer": "train", "vocab_size": 200},

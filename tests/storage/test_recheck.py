@@ -85,6 +85,7 @@ def test_the_command_purges_and_says_why(tmp_path: Path) -> None:
             "--within",
             "1",
         ]
+        command += ["--set", "world=null"]
         command += ["--set", 'ingest.allow_addresses=["127.0.0.1/32"]']
         env = os.environ | {"PYTHONPATH": str(Path(storage.__file__).parents[1])}
         tried = subprocess.run(

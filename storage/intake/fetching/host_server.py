@@ -101,6 +101,8 @@ class HostServer:
                 else:
                     self._done(message)
                     running = None
+        except asyncio.CancelledError:
+            return  # the server ends; a task that ended as cancelled would be told as an error
         except (ConnectionError, asyncio.LimitOverrunError, ValueError) as err:
             logger.debug("a conversation about hosts broke off: %s", err)
         finally:

@@ -58,6 +58,8 @@ class OpenerConfig:
     max_redirects: int
     opt_out_directives: tuple[str, ...]
     honour_tdm: bool
+    proxy: str | None = None
+    """Proxy for all requests; None takes the environment's."""
 
     @property
     def user_agent(self) -> str:
@@ -106,7 +108,9 @@ class Opener(urllib.request.OpenerDirector):
         self._config, self._hosts, self._progress = config, hosts, progress
         self._addresses = address_rules(config.addresses)
         for handler in (
-            urllib.request.ProxyHandler(),
+            urllib.request.ProxyHandler(
+                None if config.proxy is None else dict.fromkeys(("http", "https"), config.proxy)
+            ),
             urllib.request.UnknownHandler(),
             _Http(self._addresses),
             _Https(self._addresses),
