@@ -16,10 +16,11 @@ import site
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,12 +52,13 @@ def download(
     config: DownloadConfig,
     hosts: str | None = None,
     on_progress: Progress | None = None,
+    stop: threading.Event | None = None,
 ) -> None:
     """Fetch every row (columns row, url) of a Parquet file into img2dataset shards in `folder`.
 
     `hosts` is the address of a HostServer that gives turns; without one nobody is asked, robots.txt included.
     What is finished there is not fetched again. Returns when all shards are whole. Raises
-    IntakeError when restarts bring nothing more, StorageFull when the disk is full.
+    IntakeError when restarts bring nothing more or when `stop` is set, StorageFull when the disk is full.
     """
     num_rows = pq.read_metadata(slice_parquet).num_rows
     num_shards = math.ceil(num_rows / config.shard_rows)
@@ -65,7 +67,10 @@ def download(
     done = sweep_unfinished(folder, num_shards)
     restarts_left = config.max_restarts
     while done < num_shards:
-        why = _run(slice_parquet, folder, config, hosts, num_rows, num_shards, on_progress)
+        watched = _Watched(num_rows, num_shards, on_progress, stop or threading.Event())
+        why = _run(slice_parquet, folder, config, hosts, watched)
+        if watched.stop.is_set():
+            raise IntakeError(f"img2dataset {why} in {folder}; the same command goes on with it")
         end_leftovers(folder)
         full = _disk_full(folder)
         if full:
@@ -158,14 +163,22 @@ def end_leftovers(folder: Path) -> None:
             continue  # ended meanwhile, or another user's
 
 
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """What a run is to bring, who is told of it, and whether it is still wanted."""
+
+    num_rows: int
+    num_shards: int
+    on_progress: Progress | None
+    stop: threading.Event
+
+
 def _run(
     slice_parquet: Path,
     folder: Path,
     config: DownloadConfig,
     hosts: str | None,
-    num_rows: int,
-    num_shards: int,
-    on_progress: Progress | None,
+    watched: _Watched,
 ) -> str:
     """One run of img2dataset, until all shards have statistics or it fails; what happened."""
     answered = folder / "requests"
@@ -175,8 +188,10 @@ def _run(
         while True:
             stats, tar_bytes = _finished(folder)
             seen = (answered.stat().st_size, stats, tar_bytes)
-            if stats >= num_shards:
+            if stats >= watched.num_shards:
                 return "is done"
+            if watched.stop.is_set():
+                return "was stopped"
             if process.poll() is not None:
                 died = process.returncode == launcher.WORKER_DIED
                 return "lost a worker" if died else f"ended early (status {process.returncode})"
@@ -184,8 +199,8 @@ def _run(
                 return "filled the disk"
             if seen != last:
                 moved_at, last = time.monotonic(), seen
-                if on_progress is not None:
-                    on_progress(min(seen[0], num_rows), num_rows)
+                if watched.on_progress is not None:
+                    watched.on_progress(min(seen[0], watched.num_rows), watched.num_rows)
             patience = config.stall_timeout_s
             if seen[0] == 0:
                 patience = max(patience, START_UP_S)

@@ -6,7 +6,7 @@ be gone on with: the rows of a further pass follow from the outcomes of the one 
 
 import logging
 import random
-import time
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -52,12 +52,14 @@ def fetch_slice(
     config: DownloadConfig,
     hosts: str | None,
     on_progress: Progress | None = None,
+    stop: threading.Event | None = None,
 ) -> Passes:
     """Fetch every row (columns row, url) of a list, and again those whose failure may pass.
 
     Killed anywhere, the same call goes on. Raises as `download` does.
     """
-    download(fetch_list, folder / "img2dataset", config, hosts, on_progress)
+    stop = stop or threading.Event()
+    download(fetch_list, folder / "img2dataset", config, hosts, on_progress, stop)
     passes = [Download(fetch_list, folder / "img2dataset", config.shard_rows)]
     for number in range(1, config.retry_passes + 1):
         again = folder / f"again-{number}"
@@ -68,12 +70,12 @@ def fetch_slice(
                 break
             wait_s = config.retry_wait_s * 2 ** (number - 1) * random.uniform(1.0, 1.25)
             logger.info("%d rows are asked for again in %.0f s", rows.num_rows, wait_s)
-            time.sleep(wait_s)
+            stop.wait(wait_s)
             again.mkdir(parents=True, exist_ok=True)
             tmp = again / "_tmp-fetch.parquet"
             pq.write_table(rows, tmp)
             tmp.replace(listed)
-        download(listed, again / "img2dataset", config, hosts)
+        download(listed, again / "img2dataset", config, hosts, None, stop)
         passes.append(Download(listed, again / "img2dataset", config.shard_rows))
         fetch_list = listed
     return Passes(passes)

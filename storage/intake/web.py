@@ -1,17 +1,17 @@
 """URL lists into the lake: planned, fetched by img2dataset, packed into shards, one row each.
 
-A list goes through in slices, a slice in parts of `shard_rows` rows. A part is one shard with its
-pairs and its web captions, made from what was fetched; when it is committed it is never fetched
-again. Killed anywhere, the same call goes on where it was and ends with the same tables, all but
+A list goes through in slices, a slice in parts of `shard_rows` rows; while a slice is packed the next one is fetched.
+A part is one shard with its pairs and its web captions, made from what was fetched; when it is committed it is never
+fetched again. Killed anywhere, the same call goes on where it was and ends with the same tables, all but
 the column fetched_at.
 """
 
 import hashlib
 import logging
-import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,10 +25,11 @@ from storage.intake.download_config import DownloadConfig
 from storage.intake.fetching.host_server import HostServer
 from storage.intake.known import KnownImages
 from storage.intake.looking import OF_THE_IMAGE, looked_at
-from storage.intake.passes import Passes, PassResults, fetch_slice
+from storage.intake.passes import Passes, PassResults
 from storage.intake.plan import Plan, make_plan
 from storage.intake.purged import PurgedImages
 from storage.intake.records import IntakeRecord, finished_intake, remember_intake
+from storage.intake.slices import SliceFetching
 from storage.intake.texts import WebTexts, counts_of_texts
 from storage.intake.url_list import UrlListConfig, list_files
 from storage.lake import Lake
@@ -132,56 +133,27 @@ class _Intake:
 
     def run(self, plan: Plan, folder: Path, on_progress: Progress | None) -> list[PartRef]:
         """All parts, slice by slice; the pairs first, then the captions."""
-        size = self.config.shard_rows
-        num_parts = math.ceil(plan.num_rows / size)
-        per_slice = max(self.config.slice_rows // size, 1)
         pairs: list[PartRef] = []
         captions: list[PartRef] = []
         with (
             KnownImages(self.lake, folder, self.config) as known,
             PurgedImages(self.lake, folder) as purged,
-            HostServer(
-                self.config.host_rules, patience_s=self.config.turn_patience_s
-            ) as self._hosts,
+            HostServer(self.config.host_rules, patience_s=self.config.turn_patience_s) as hosts,
         ):
             for ref in self.earlier:
                 texts = committed_part(self.lake, "captions", ref.name, round=0)
                 known.remember(ref, texts, own=False)
-            for first in range(0, num_parts, per_slice):
-                indices = range(first, min(first + per_slice, num_parts))
-                fetched = self._fetch(plan, indices, folder, on_progress)
-                for index in indices:
-                    made = self._part(plan, index, fetched, known, purged)
-                    pairs.append(made[0])
-                    captions.append(made[1])
-                shutil.rmtree(_slice_folder(folder, indices), ignore_errors=True)
+            fetching = SliceFetching(plan, folder, self.config, hosts.address, self._is_missing)
+            with closing(fetching.slices(on_progress)) as slices:
+                for indices, fetched in slices:
+                    for index in indices:
+                        made = self._part(plan, index, fetched, known, purged)
+                        pairs.append(made[0])
+                        captions.append(made[1])
         return [*pairs, *captions]
 
-    def _fetch(
-        self, plan: Plan, indices: range, folder: Path, on_progress: Progress | None
-    ) -> Passes | None:
-        """Fetch a slice, or go on fetching it; None when all its parts are committed."""
-        missing = [i for i in indices if self._committed(i) is None]
-        if not missing:
-            return None
-        size = self.config.shard_rows
-        slice_folder = _slice_folder(folder, indices)
-        fetch_list = slice_folder / "fetch.parquet"
-        ranges = _joined([(i * size, (i + 1) * size) for i in missing])
-        if not (fetch_list.exists() and plan.is_listed(fetch_list, ranges)):
-            # Also when a part was dropped since the list was written, as a repair does.
-            shutil.rmtree(slice_folder, ignore_errors=True)
-            slice_folder.mkdir(parents=True, exist_ok=True)
-            plan.write_fetch_list(fetch_list, ranges, size)
-        before = indices.start * size
-
-        def report(done: int, num: int) -> None:
-            if on_progress is not None:
-                share = done / num if num else 1.0
-                rows = min(len(indices) * size, plan.num_rows - before)
-                on_progress(before + int(share * rows), plan.num_rows)
-
-        return fetch_slice(fetch_list, slice_folder, self.config, self._hosts.address, report)
+    def _is_missing(self, index: int) -> bool:
+        return self._committed(index) is None
 
     def _committed(self, index: int) -> tuple[PartRef, PartRef] | None:
         """Both parts of a shard when they are committed, StaleOutput when from something else."""
@@ -302,22 +274,6 @@ def _outcomes(lake: Lake, parts: list[PartRef]) -> str:
         if ref.table == "pairs":
             counts.update(part_manifest(lake, ref).reasons)
     return ", ".join(f"{status} {n}" for status, n in counts.most_common())
-
-
-def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges with those that touch made one."""
-    joined: list[tuple[int, int]] = []
-    for begin, end in ranges:
-        if joined and joined[-1][1] == begin:
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((begin, end))
-    return joined
-
-
-def _slice_folder(folder: Path, indices: range) -> Path:
-    """Named by both ends: a resume with other slices must not take this one's list for its own."""
-    return folder / f"slice-{indices.start:05d}-{indices.stop:05d}"
 
 
 def _list_sha256(path: str) -> str:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -15,7 +16,9 @@ from storage import layout, repair
 from storage.catalog import query
 from storage.errors import EmptyInput, MissingColumn, StaleOutput
 from storage.intake import launch_img2dataset as launcher
+from storage.intake import web
 from storage.intake.download_config import DownloadConfig
+from storage.intake.plan import Plan
 from storage.intake.url_list import UrlListConfig
 from storage.intake.web import ingest_urls
 from storage.lake import Lake
@@ -324,3 +327,31 @@ def test_later_round_adds_what_is_new(tmp_path: Path, pictures: PictureServer) -
         ("uno", "duplicate_url", None),
         ("three", "ok", 32),
     ]
+
+
+def test_the_next_slice_is_fetched_while_one_is_packed_and_ends_with_an_error(
+    pictures: PictureServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [(f"ok{i}.jpg?slice", f"picture {i}") for i in range(40, 60)]
+    url_list = UrlListConfig(path=str(write_list(tmp_path / "urls.parquet", rows)))
+    lake = Lake.open(str(tmp_path / "lake"), create=True)
+    config = download_config(pictures, shard_rows=5, slice_rows=5, threads=1)
+    packed = web._Intake._part
+
+    def part(self: web._Intake, plan: Plan, index: int, *rest: Any) -> Any:
+        if index == 1:
+            until = time.monotonic() + 60
+            while not any(pictures.requests[f"http://pictures.test/{row}"] for row, _ in rows[10:]):
+                assert time.monotonic() < until, "nothing of the third slice was asked for"
+                time.sleep(0.02)
+            raise RuntimeError("packing broke")
+        return packed(self, plan, index, *rest)
+
+    monkeypatch.setattr(web._Intake, "_part", part)
+    monkeypatch.setattr(pictures, "delay_s", 0.3)
+    with pytest.raises(RuntimeError, match="packing broke"):
+        ingest_urls(lake, url_list, config, round=1)
+    assert processes_of(lake) == []
+    monkeypatch.undo()
+    ingest_urls(lake, url_list, config, round=1)
+    assert [row["status"] for row in rows_of(lake, "pairs")] == ["ok"] * 20
