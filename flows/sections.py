@@ -158,7 +158,20 @@ class IngestSettings(Section):
     texts_per_image: int = Field(default=5, ge=1)
     """Most texts of an image: of its first row, and of later ones with its address or its bytes; 1 is the first row's alone."""
     text_rules: tuple[str, ...] = ()
-    """Rules that alt texts have to pass: no_letters, too_short, too_long, file_name, url_like, boilerplate, e_mail, phone, or all."""
+    """Rules that alt texts have to pass: no_letters, too_short, too_long, file_name, url_like, boilerplate, e_mail, phone,
+    placeholder, or all."""
+    placeholder_addresses: int = Field(default=10, ge=1)
+    """Addresses that a text may be found under; more make it a `placeholder`, if that rule is on."""
+    repair_texts: bool = False
+    """Whether captions are alt texts with wrong encodings and HTML entities repaired; pairs.alt_text stays."""
+    mask_personal: bool = False
+    """Whether e-mail addresses and telephone numbers in captions become <email> and <phone>; pairs.alt_text stays."""
+    languages: tuple[str, ...] = ()
+    """ISO 639 codes of the languages that texts may be in, such as en; others are `language`. All when there is none."""
+    language_confidence: float = Field(default=0.95, gt=0, le=1)
+    """Least probability that a text is in none of them at which it counts so."""
+    language_min_letters: int = Field(default=25, ge=1)
+    """Shorter texts are not asked for their language; letters of other scripts than Latin count twice or thrice."""
     shard_rows: int = Field(default=1000, ge=1)
     """Rows of a list that make one shard."""
     slice_rows: int = Field(default=100_000, ge=1)

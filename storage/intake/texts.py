@@ -8,9 +8,9 @@ from collections import Counter
 from typing import Any
 
 from storage import ids
+from storage.intake.cleaning import Cleaner
 from storage.intake.download_config import DownloadConfig
 from storage.intake.stored import StoredImages
-from storage.intake.text_rules import checked_rules, rule_met
 from storage.schemas import OK
 from storage.tables import Counts
 
@@ -23,13 +23,13 @@ DUPLICATES = ("duplicate_url", "duplicate_image")
 
 
 class WebTexts:
-    """The rows of `captions` that the rows of one part of `pairs` give."""
+    """The rows of `captions` that the rows of a part of `pairs` give, part after part."""
 
     def __init__(self, config: DownloadConfig, images: StoredImages) -> None:
-        """`images` are those of the parts before."""
+        """`images` are those of the parts before, whenever asked. Raises ConfigError as `Cleaner` does."""
         self._images = images
         self._most = config.texts_per_image
-        self._rules = checked_rules(config.text_rules)
+        self._cleaner = Cleaner(config)
 
     def unite(self, pairs: list[dict[str, Any]], planned: list[dict[str, Any]]) -> None:
         """Let duplicates among `pairs` name the image that they show, and where it lies.
@@ -62,22 +62,29 @@ class WebTexts:
             pair |= where | {"image_id": image_id}
             by_row[pair["row"]] = pair
 
-    def captions(self, pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def captions(
+        self, pairs: list[dict[str, Any]], planned: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
         """A row of `captions` for each text of an image that is stored, in the order of the pairs.
 
         Which of an image's texts are kept depends on their order in the lists alone.
         """
         found = []
         has: dict[str, set[str]] = {}
-        for pair in pairs:
-            if pair.get("shard") is None or not (pair["alt_text"] or "").strip():
+        for pair, plan in zip(pairs, planned, strict=True):
+            if pair.get("shard") is None:
                 continue
-            image_id, text = pair["image_id"], pair["alt_text"]
+            text = self._cleaner.cleaned(pair["alt_text"] or "")
+            if not text.strip():
+                continue
+            image_id = pair["image_id"]
             caption_id = ids.caption_id(image_id, "web", text)
             if image_id not in has:
                 is_first = pair["status"] == OK
                 has[image_id] = set() if is_first else self._images.texts(image_id)
-            status = rule_met(text, self._rules) or self._place(caption_id, has[image_id])
+            status = self._cleaner.refusal(text, is_placeholder=plan["is_placeholder"])
+            if status is None:
+                status = self._place(caption_id, has[image_id])
             found.append(
                 {
                     "caption_id": caption_id,

@@ -81,7 +81,7 @@ def ingest_urls(
     intake.drop_outdated()
     folder = lake.scratch("ingest", fingerprint_of(intake.basis))
     with disk_watched(lake, layout.WORK):
-        plan = make_plan(lake, url_list, intake.earlier, folder)
+        plan = make_plan(lake, url_list, intake.earlier, folder, config.placeholder_most)
         parts = intake.run(plan, folder, on_progress)
     if _num_ok(lake, parts) == 0 and (_num_asked(lake, parts) or not intake.earlier):
         raise EmptyInput(
@@ -144,6 +144,7 @@ class _Intake:
                 self.config.host_rules, patience_s=self.config.turn_patience_s
             ) as self._hosts,
         ):
+            self._texts = WebTexts(self.config, known.images)
             for ref in self.earlier:
                 texts = committed_part(self.lake, "captions", ref.name, round=0)
                 known.remember(ref, texts, own=False)
@@ -220,9 +221,8 @@ class _Intake:
         for pair in pairs:
             if pair["status"] == OK:
                 pair |= {"shard": name, "offset": where[pair["key"]]}
-        web_texts = WebTexts(self.config, known.images)
-        web_texts.unite(pairs, planned)
-        captions = web_texts.captions(pairs)
+        self._texts.unite(pairs, planned)
+        captions = self._texts.captions(pairs, planned)
         refs = self._commit(name, index, pairs, captions, clock)
         known.made(pairs, captions)
         return refs
