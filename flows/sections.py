@@ -172,6 +172,11 @@ class IngestSettings(Section):
     """Least probability that a text is in none of them at which it counts so."""
     language_min_letters: int = Field(default=25, ge=1)
     """Shorter texts are not asked for their language; letters of other scripts than Latin count twice or thrice."""
+    safety: str | None = Field(default=None, pattern=r"^(open_nsfw$|python:.)")
+    """Check that pictures have to pass, or are `unsafe`: open_nsfw (extra `safety`), or python:FILE.py:FUNCTION, one of
+    your own. None when not given."""
+    safety_threshold: float = Field(default=0.8, gt=0, le=1)
+    """Number of open_nsfw from which a picture is refused."""
     shard_rows: int = Field(default=1000, ge=1)
     """Rows of a list that make one shard."""
     slice_rows: int = Field(default=100_000, ge=1)

@@ -204,7 +204,7 @@ class BootstrapSettings(Section):
 def ingest_basis(settings: IngestSettings) -> dict[str, Any]:
     """What of the settings of the intake its rows depend on; younger fields only where they change them."""
     dumped = settings.model_dump(mode="json", exclude=set(INGEST_NOT_IN_FINGERPRINTS))
-    before = json.loads(json.dumps(AS_BEFORE))
+    before = json.loads(json.dumps(AS_BEFORE)) | {"safety_threshold": 0.8}
     return {k: v for k, v in dumped.items() if k not in before or v != before[k]}
 
 

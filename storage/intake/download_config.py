@@ -8,6 +8,7 @@ from storage.errors import ConfigError
 from storage.intake.fetching.addresses import address_rules
 from storage.intake.fetching.hosts import HostRules
 from storage.intake.fetching.opener import OpenerConfig
+from storage.intake.safety import Safety
 from storage.intake.text_rules import PLACEHOLDER, checked_rules
 
 AS_BEFORE: dict[str, Any] = {
@@ -18,6 +19,7 @@ AS_BEFORE: dict[str, Any] = {
     "languages": (),
     "language_confidence": 0.95,
     "language_min_letters": 25,
+    "safety": None,
 }
 """Fields younger than the first lakes, with the value that does what was done before them: with that they are no part
 of a fingerprint, so that those lakes stay valid for whoever gives it."""
@@ -99,6 +101,8 @@ class DownloadConfig:
     """Least probability that a text is in none of them at which it counts so."""
     language_min_letters: int = 25
     """Shorter texts are not asked for their language; letters of other scripts than Latin count twice or thrice."""
+    safety: Safety | None = None
+    """Check that pictures have to pass."""
     shard_rows: int = 1000
     """Rows of the list that one shard holds."""
     slice_rows: int = 1_000_000
@@ -177,6 +181,7 @@ class DownloadConfig:
             "shard_rows": self.shard_rows,
         }
         younger = {name: getattr(self, name) for name in AS_BEFORE}
+        younger["safety"] = self.safety and self.safety.id
         return settings | {k: v for k, v in younger.items() if v != AS_BEFORE[k]}
 
     @property

@@ -23,6 +23,7 @@ from storage.errors import ConfigError, EmptyInput
 from storage.fingerprint import Basis, basis_of, explain, fingerprint_of
 from storage.intake.download_config import DownloadConfig
 from storage.intake.fetching.host_server import HostServer
+from storage.intake.judged import safe_rows
 from storage.intake.known import KnownImages
 from storage.intake.looking import OF_THE_IMAGE, looked_at
 from storage.intake.passes import Passes, PassResults, fetch_slice
@@ -236,7 +237,7 @@ class _Intake:
         pairs: list[dict[str, Any]],
     ) -> Iterator[Sample]:
         """The images of a shard; a row for each planned row is put into `pairs`."""
-        for row in looked_at(planned, results, self.config):
+        for row in safe_rows(looked_at(planned, results, self.config), self.config.safety):
             pair = row.pair
             pairs.append(pair)
             if row.image is None or row.looks is None:
