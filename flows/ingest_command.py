@@ -45,7 +45,9 @@ def try_lists(settings: BootstrapSettings, rows: int) -> int:
             )
         for each in given.url_lists:
             url_list = UrlListConfig(**each.model_dump())
-            trial = try_list(url_list, download_config(given), rows, seed=settings.seed)
+            trial = try_list(
+                url_list, download_config(given, settings.machine.device), rows, seed=settings.seed
+            )
             for shown in (outcome_table(each.path, trial), *expectation(trial)):
                 console.print(shown, highlight=False)
     return 0

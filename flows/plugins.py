@@ -1,7 +1,9 @@
-"""A captioner of the user's own making: `python:FILE.py:FACTORY` or `python:MODULE:FACTORY`.
+"""What users make themselves: `python:FILE.py:FACTORY` or `python:MODULE:FACTORY`.
 
-The factory is called as `factory(config, device)`, with a `CaptionConfig` and a torch device, and returns a `Captioner`
-(`blip_core/protocols.py`): anything with a `transform` and a `caption`. Its code runs with the rights of the run.
+The factory of a captioner is called as `factory(config, device)`, with a `CaptionConfig` and a torch device, and returns a
+`Captioner` (`blip_core/protocols.py`): anything with a `transform` and a `caption`. That of a check of pictures is called as
+`factory(device)` and returns a function from a list of pictures to a list of reasons (`storage/intake/safety.py`). Their code
+runs with the rights of the run.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 
 from blip_core import CaptionConfig, Captioner
 from flows.errors import SettingsError
+from storage.intake.safety import Judge
 
 KIND = "python"
 ID_LENGTH = 32
@@ -37,11 +40,7 @@ def plugin_id(where: str) -> str:
 
 def plugin_captioner(where: str, config: CaptionConfig, device: torch.device) -> Captioner:
     """The captioner that a factory gives. Raises SettingsError when it does not give one."""
-    place, name = _parts(where)
-    factory: Callable[..., Any] | None = getattr(_module(place, where), name, None)
-    if factory is None:
-        raise SettingsError(f"{KIND}:{where}: {place} has no {name}; name one of its functions")
-    made = factory(config, device)
+    made, name = _factory(where)(config, device), _parts(where)[1]
     for needed in ("caption", "transform"):
         if not callable(getattr(made, needed, None)):
             raise SettingsError(
@@ -49,6 +48,25 @@ def plugin_captioner(where: str, config: CaptionConfig, device: torch.device) ->
                 "`Captioner` in blip_core/protocols.py"
             )
     return cast("Captioner", made)
+
+
+def plugin_judge(where: str, device: torch.device) -> Judge:
+    """The check of pictures that a factory gives. Raises SettingsError when it does not give one."""
+    made = _factory(where)(device)
+    if not callable(made):
+        raise SettingsError(
+            f"{KIND}:{where}: it gave something ({type(made).__name__}) that cannot be called with pictures; see `Judge` in "
+            "storage/intake/safety.py"
+        )
+    return cast("Judge", made)
+
+
+def _factory(where: str) -> Callable[..., Any]:
+    place, name = _parts(where)
+    factory: Callable[..., Any] | None = getattr(_module(place, where), name, None)
+    if factory is None:
+        raise SettingsError(f"{KIND}:{where}: {place} has no {name}; name one of its functions")
+    return factory
 
 
 def _parts(where: str) -> tuple[str, str]:

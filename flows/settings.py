@@ -21,14 +21,12 @@ from flows.audit_section import AuditSettings
 from flows.compare_section import CompareSettings
 from flows.errors import SettingsError
 from flows.gate_section import GateSettings, gate_basis
+from flows.ingest_section import INGEST_SOURCES, RECHECK_FIELDS, IngestSettings
 from flows.sections import (
-    INGEST_SOURCES,
-    RECHECK_FIELDS,
     CaptionSettings,
     CurateSettings,
     DecideSettings,
     EvaluateSettings,
-    IngestSettings,
     MachineSettings,
     ModelSettings,
     ReportSettings,
@@ -207,7 +205,7 @@ class BootstrapSettings(Section):
 def ingest_basis(settings: IngestSettings) -> dict[str, Any]:
     """What of the settings of the intake its rows depend on; younger fields only where they change them."""
     dumped = settings.model_dump(mode="json", exclude=set(INGEST_NOT_IN_FINGERPRINTS))
-    before = json.loads(json.dumps(AS_BEFORE | {"image_sets": []}))
+    before = json.loads(json.dumps(AS_BEFORE)) | {"image_sets": [], "safety_threshold": 0.8}
     return {k: v for k, v in dumped.items() if k not in before or v != before[k]}
 
 

@@ -46,7 +46,9 @@ PAIRS = pa.schema(
         _column("status", _TEXT, "ok, or the kind of failure", False),
         _column("reason", _TEXT, "the failure in words; null when ok"),
         _column("attempts", pa.int32(), "how often the address was asked", False),
-        _column("shard", _TEXT, "shard that holds the image; null unless ok"),
+        _column(
+            "shard", _TEXT, "shard that holds the image, of a duplicate too; null where none does"
+        ),
         _column("offset", _INT, "first byte of the image in the shard"),
         _column("size", _INT, "bytes of the image"),
         _column("width", pa.int32(), "stored width in px"),

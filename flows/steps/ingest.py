@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flows.errors import MissingInput
-from flows.quickstart.server import WorldServer
-from flows.quickstart.world import World, WorldConfig, build_world
-from flows.sections import (
+from flows.ingest_section import (
     INGEST_SOURCES,
     RECHECK_FIELDS,
     CaptionSetSettings,
     IngestSettings,
     UrlListSettings,
 )
+from flows.quickstart.server import WorldServer
+from flows.quickstart.world import World, WorldConfig, build_world
+from flows.safety import safety_of
 from flows.session import Run
 from flows.settings import BootstrapSettings
 from storage import (
@@ -59,7 +60,7 @@ def ingest_all(run: Run, on_progress: Callable[[int, int], None]) -> list[PartRe
         )
         drawn = draw_canaries(run.lake, run.round, draw, on_stale=run.on_stale)
         parts += [drawn] if drawn is not None else []
-        download = download_config(settings)
+        download = download_config(settings, run.settings.machine.device)
         for position, url_list in enumerate(settings.url_lists):
             parts += ingest_urls(
                 run.lake,
@@ -106,9 +107,10 @@ def require_sets(run: Run) -> None:
                 )
 
 
-def download_config(settings: IngestSettings) -> DownloadConfig:
-    """How the lists of the settings are fetched."""
-    return DownloadConfig(**settings.model_dump(exclude={*INGEST_SOURCES, *RECHECK_FIELDS}))
+def download_config(settings: IngestSettings, device: str = "auto") -> DownloadConfig:
+    """How the lists of the settings are fetched; a check of pictures runs on `device`."""
+    others = {*INGEST_SOURCES, *RECHECK_FIELDS, "safety", "safety_threshold"}
+    return DownloadConfig(**settings.model_dump(exclude=others), safety=safety_of(settings, device))
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What is fetched, what is kept of it, how hard it is tried, and what is honoured on the way."""
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -7,9 +8,19 @@ from storage.errors import ConfigError
 from storage.intake.fetching.addresses import address_rules
 from storage.intake.fetching.hosts import HostRules
 from storage.intake.fetching.opener import OpenerConfig
-from storage.intake.text_rules import checked_rules
+from storage.intake.safety import Safety
+from storage.intake.text_rules import PLACEHOLDER, checked_rules
 
-AS_BEFORE: dict[str, Any] = {"texts_per_image": 1}
+AS_BEFORE: dict[str, Any] = {
+    "texts_per_image": 1,
+    "placeholder_addresses": 10,
+    "repair_texts": False,
+    "mask_personal": False,
+    "languages": (),
+    "language_confidence": 0.95,
+    "language_min_letters": 25,
+    "safety": None,
+}
 """Fields younger than the first lakes, with the value that does what was done before them: with that they are no part
 of a fingerprint, so that those lakes stay valid for whoever gives it."""
 
@@ -78,6 +89,20 @@ class DownloadConfig:
     """Most texts of an image: those of its first row, and of later ones with its address or its bytes. 1 is the first alone."""
     text_rules: tuple[str, ...] = ()
     """Rules that alt texts have to pass, by name (`text_rules.RULES`); `all` is every one."""
+    placeholder_addresses: int = 10
+    """Addresses that a text may be found under; more make it a `placeholder`."""
+    repair_texts: bool = False
+    """Whether captions are alt texts with wrong encodings and HTML entities repaired."""
+    mask_personal: bool = False
+    """Whether e-mail addresses and telephone numbers in captions are masked."""
+    languages: tuple[str, ...] = ()
+    """ISO 639 codes of the languages that texts may be in; all when there is none."""
+    language_confidence: float = 0.95
+    """Least probability that a text is in none of them at which it counts so."""
+    language_min_letters: int = 25
+    """Shorter texts are not asked for their language; letters of other scripts than Latin count twice or thrice."""
+    safety: Safety | None = None
+    """Check that pictures have to pass."""
     shard_rows: int = 1000
     """Rows of the list that one shard holds."""
     slice_rows: int = 1_000_000
@@ -100,6 +125,8 @@ class DownloadConfig:
             "per_host",
             "host_failures",
             "texts_per_image",
+            "placeholder_addresses",
+            "language_min_letters",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
@@ -121,6 +148,14 @@ class DownloadConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
         checked_rules(self.text_rules)
+        if strange := [name for name in self.languages if not re.fullmatch("[a-z]{2,3}", name)]:
+            raise ConfigError(
+                f"languages: {strange[0]!r} is no code of a language; give such as en, de, zh"
+            )
+        if not 0 < self.language_confidence <= 1:
+            raise ConfigError(
+                f"language_confidence must be more than 0, 1 at most, got {self.language_confidence}"
+            )
         try:
             address_rules(self.allow_addresses)
         except ValueError as err:
@@ -145,8 +180,15 @@ class DownloadConfig:
             "text_rules": list(checked_rules(self.text_rules)),
             "shard_rows": self.shard_rows,
         }
-        younger = {"texts_per_image": self.texts_per_image}
+        younger = {name: getattr(self, name) for name in AS_BEFORE}
+        younger["safety"] = self.safety and self.safety.id
         return settings | {k: v for k, v in younger.items() if v != AS_BEFORE[k]}
+
+    @property
+    def placeholder_most(self) -> int | None:
+        """The most addresses of a text that is no placeholder; None when the rule is off."""
+        is_on = PLACEHOLDER in checked_rules(self.text_rules)
+        return self.placeholder_addresses if is_on else None
 
     @property
     def opener(self) -> OpenerConfig:

@@ -36,6 +36,7 @@ STATUSES = (
     "duplicate_image",
     "near_duplicate",
     "eval_overlap",
+    "unsafe",
     "lost",
     "purged",
     "other",

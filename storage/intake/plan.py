@@ -87,19 +87,58 @@ class Plan:
         return int(found[0][0]) == 0
 
 
-def make_plan(lake: Lake, config: UrlListConfig, earlier: list[PartRef], folder: Path) -> Plan:
-    """Read the list and write its plan into `folder`; `earlier` are pairs of other rounds."""
+def make_plan(
+    lake: Lake,
+    config: UrlListConfig,
+    earlier: list[PartRef],
+    folder: Path,
+    placeholder_most: int | None = None,
+) -> Plan:
+    """Read the list and write its plan into `folder`; `earlier` are pairs of other rounds.
+
+    A text that is found under more than `placeholder_most` addresses is a placeholder; none is when that is None.
+    """
     listed, plan = folder / "listed.parquet", folder / "plan.parquet"
     num_listed = _write_listed(config, listed, with_hosts=has_purges(lake))
     with catalog.connect(lake) as con:
         con.execute(f"CREATE TEMP VIEW listed AS FROM read_parquet('{_escaped(listed)}')")
         con.execute(f"CREATE TEMP VIEW known AS {rows_of(lake, 'pairs', earlier)}")
+        _find_placeholders(con, placeholder_most)
         con.execute(files("storage").joinpath("intake", "plan.sql").read_text("utf-8"))
         con.execute(f"COPY (FROM plan ORDER BY n) TO '{_escaped(plan)}' (FORMAT parquet)")
     made = Plan(plan, num_listed)
     listed.unlink()
     logger.info("%s: %d rows, %d of them known", config.path, num_listed, made.num_known)
     return made
+
+
+def _find_placeholders(con: duckdb.DuckDBPyConnection, most: int | None) -> None:
+    """The macro `form_of` and the table `placeholders`: forms of texts that are under more than `most` addresses.
+
+    Of a text its hash is counted, without case and with simple spaces, so that nothing is held but two numbers a row, and
+    DuckDB spills these.
+    """
+    con.execute(
+        r"CREATE TEMP MACRO form_of(a_text) AS hash(lower(trim(regexp_replace(a_text, '\s+', ' ', 'g'))))"
+    )
+    con.execute("CREATE TEMP TABLE placeholders (form UBIGINT)")
+    if most is None:
+        return
+    con.execute(
+        """
+        INSERT INTO placeholders
+        SELECT form FROM (
+            SELECT DISTINCT form_of(alt_text) AS form, hash(address) AS address
+            FROM (
+                SELECT alt_text, fetch_url AS address FROM listed WHERE bad_text IS NULL AND bad_url IS NULL
+                UNION ALL SELECT alt_text, url FROM known
+            )
+            WHERE alt_text IS NOT NULL AND address IS NOT NULL AND trim(alt_text) <> ''
+        )
+        GROUP BY form HAVING count(*) > $most
+        """,
+        {"most": most},
+    )
 
 
 def _to_fetch(ranges: list[tuple[int, int]]) -> str:

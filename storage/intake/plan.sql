@@ -3,7 +3,8 @@
 -- there is nothing to fetch.
 --
 -- Reads listed (row, key, source_name, url, fetch_url, alt_text, licence, extra, bad_text,
--- bad_url, address, host), known (key, url, status, image_id), the web pairs of other rounds, and purged.
+-- bad_url, address, host), known (key, url, status, image_id), the web pairs of other rounds, purged, and
+-- placeholders (form), texts that are of no image.
 -- Of a row that is not fetched because its address or its host was purged, no text is kept. A duplicate_url
 -- says which image its address had, or which row of the list is the first of it.
 CREATE TEMP TABLE plan AS
@@ -59,7 +60,9 @@ SELECT
         WHEN f.first_row < n.row THEN 'same address as row ' || f.first_row
     END AS reason,
     k.image_id AS known_image,
-    CASE WHEN k.url IS NULL AND f.first_row < n.row THEN f.first_row END AS first_row
+    CASE WHEN k.url IS NULL AND f.first_row < n.row THEN f.first_row END AS first_row,
+    h.form IS NOT NULL AS is_placeholder
 FROM news n
 LEFT JOIN fetchable f ON f.fetch_url = n.fetch_url
 LEFT JOIN known_urls k ON k.url = n.url
+LEFT JOIN placeholders h ON h.form = form_of(n.alt_text)

@@ -39,10 +39,12 @@ def _letters(text: str) -> int:
     return sum(letter.isalpha() for letter in text)
 
 
+def _is_phone(found: re.Match[str]) -> bool:
+    return 9 <= sum(sign.isdigit() for sign in found.group()) <= 15
+
+
 def _has_phone(text: str) -> bool:
-    return any(
-        9 <= sum(sign.isdigit() for sign in found.group()) <= 15 for found in _PHONE.finditer(text)
-    )
+    return any(map(_is_phone, _PHONE.finditer(text)))
 
 
 RULES: dict[str, Callable[[str], bool]] = {
@@ -56,20 +58,38 @@ RULES: dict[str, Callable[[str], bool]] = {
     "phone": _has_phone,
 }
 """By name, in the order in which they are asked; the first that a text meets is its status."""
+PLACEHOLDER = "placeholder"
+"""The rule that a text is found under many addresses: the plan of an intake knows (plan.sql)."""
+LANGUAGE = "language"
+"""Status of a text in a language that is not wanted; naming languages switches it on (cleaning.py)."""
 ALL = "all"
+
+_MASKS = ("<email>", "<phone>")
 
 
 def checked_rules(names: Collection[str]) -> tuple[str, ...]:
     """The rules meant by names, in order; `all` means every one. ConfigError names one that there is not."""
-    unknown = [name for name in names if name not in RULES and name != ALL]
+    every = (*RULES, PLACEHOLDER)
+    unknown = [name for name in names if name not in every and name != ALL]
+    if LANGUAGE in unknown:
+        raise ConfigError(
+            "text_rules: language is not switched on here; name the languages that may stay (languages: [en])"
+        )
     if unknown:
         raise ConfigError(
-            f"text_rules: {', '.join(unknown)} is no rule; there are {', '.join(RULES)}, and {ALL}"
+            f"text_rules: {', '.join(unknown)} is no rule; there are {', '.join(every)}, and {ALL}"
         )
-    return tuple(name for name in RULES if ALL in names or name in names)
+    return tuple(name for name in every if ALL in names or name in names)
 
 
 def rule_met(text: str, rules: Collection[str]) -> str | None:
-    """The first of some rules (as `checked_rules` gives them) that a text meets."""
+    """The first of some rules (as `checked_rules` gives them) that a text meets, but for those about other rows."""
     stripped = text.strip()
-    return next((name for name in rules if RULES[name](stripped)), None)
+    return next((name for name in rules if name in RULES and RULES[name](stripped)), None)
+
+
+def masked(text: str) -> str:
+    """The text with what the rules `e_mail` and `phone` find replaced by a word that says which it was."""
+    mail, phone = _MASKS
+    text = _MAIL.sub(mail, text) if "@" in text else text
+    return _PHONE.sub(lambda found: phone if _is_phone(found) else found.group(), text)

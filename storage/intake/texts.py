@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from storage import ids
+from storage.intake.cleaning import Cleaner
 from storage.intake.download_config import DownloadConfig
 from storage.intake.stored import StoredImages
-from storage.intake.text_rules import checked_rules, rule_met
 from storage.schemas import OK
 from storage.tables import Counts
 
@@ -24,13 +24,13 @@ DUPLICATES = ("duplicate_url", "duplicate_image")
 
 
 class WebTexts:
-    """The rows of `captions` that the rows of one part of `pairs` give."""
+    """The rows of `captions` that the rows of a part of `pairs` give, part after part."""
 
     def __init__(self, config: DownloadConfig, images: StoredImages) -> None:
-        """`images` are those of the parts before."""
+        """`images` are those of the parts before, whenever asked. Raises ConfigError as `Cleaner` does."""
         self._images = images
         self._most = config.texts_per_image
-        self._rules = checked_rules(config.text_rules)
+        self._cleaner = Cleaner(config)
 
     def unite(self, pairs: list[dict[str, Any]], planned: list[dict[str, Any]]) -> None:
         """Let duplicates among `pairs` name the image that they show, and where it lies.
@@ -64,7 +64,10 @@ class WebTexts:
             by_row[pair["row"]] = pair
 
     def captions(
-        self, pairs: list[dict[str, Any]], texts: Sequence[Sequence[str]] | None = None
+        self,
+        pairs: list[dict[str, Any]],
+        planned: list[dict[str, Any]],
+        texts: Sequence[Sequence[str]] | None = None,
     ) -> list[dict[str, Any]]:
         """A row of `captions` for each text of an image that is stored, in the order of the pairs.
 
@@ -73,16 +76,21 @@ class WebTexts:
         """
         found = []
         has: dict[str, set[str]] = {}
-        for place, pair in enumerate(pairs):
-            if pair.get("shard") is None or not has_text(pair):
+        for place, (pair, plan) in enumerate(zip(pairs, planned, strict=True)):
+            if pair.get("shard") is None:
                 continue
             image_id = pair["image_id"]
             if image_id not in has:
                 is_first = pair["status"] == OK
                 has[image_id] = set() if is_first else self._images.texts(image_id)
-            for text in [pair["alt_text"]] if texts is None else texts[place]:
+            for given in [pair["alt_text"] or ""] if texts is None else texts[place]:
+                text = self._cleaner.cleaned(given)
+                if not text.strip():
+                    continue
                 caption_id = ids.caption_id(image_id, "web", text)
-                status = rule_met(text, self._rules) or self._place(caption_id, has[image_id])
+                status = self._cleaner.refusal(text, is_placeholder=plan["is_placeholder"])
+                if status is None:
+                    status = self._place(caption_id, has[image_id])
                 found.append(
                     {
                         "caption_id": caption_id,
@@ -105,17 +113,16 @@ class WebTexts:
         return OK
 
 
-def has_text(pair: dict[str, Any]) -> bool:
-    """Whether a row brings a text at all."""
-    return bool((pair["alt_text"] or "").strip())
-
-
-def counts_of_texts(pairs: list[dict[str, Any]], captions: list[dict[str, Any]]) -> Counts:
-    """Of the texts of rows that have a stored image, and of those rows that have none: what goes on, the others by outcome."""
+def counts_of_texts(
+    pairs: list[dict[str, Any]],
+    captions: list[dict[str, Any]],
+    texts: Sequence[Sequence[str]] | None = None,
+) -> Counts:
+    """Of the texts that rows with a stored image bring (a row without one counts as one): what goes on, the rest by outcome."""
+    stored = (place for place, pair in enumerate(pairs) if pair.get("shard") is not None)
+    num_in = sum(1 if texts is None else max(len(texts[place]), 1) for place in stored)
     reasons = Counter(text["status"] for text in captions if text["status"] != OK)
-    stored = (pair for pair in pairs if pair.get("shard") is not None)
-    reasons["no_text"] = sum(not has_text(pair) for pair in stored)
-    num_in = len(captions) + reasons["no_text"]
+    reasons["no_text"] = num_in - len(captions)
     return Counts(
         num_in=num_in, num_ok=num_in - reasons.total(), reasons=dict(sorted((+reasons).items()))
     )

@@ -23,6 +23,7 @@ from storage.errors import ConfigError, EmptyInput
 from storage.fingerprint import Basis, basis_of, explain, fingerprint_of
 from storage.intake.download_config import DownloadConfig
 from storage.intake.fetching.host_server import HostServer
+from storage.intake.judged import safe_rows
 from storage.intake.known import KnownImages
 from storage.intake.looking import OF_THE_IMAGE, looked_at
 from storage.intake.passes import Passes, PassResults
@@ -82,7 +83,7 @@ def ingest_urls(
     intake.drop_outdated()
     folder = lake.scratch("ingest", fingerprint_of(intake.basis))
     with disk_watched(lake, layout.WORK):
-        plan = make_plan(lake, url_list, intake.earlier, folder)
+        plan = make_plan(lake, url_list, intake.earlier, folder, config.placeholder_most)
         parts = intake.run(plan, folder, on_progress)
     if _num_ok(lake, parts) == 0 and (_num_asked(lake, parts) or not intake.earlier):
         raise EmptyInput(
@@ -140,6 +141,7 @@ class _Intake:
             PurgedImages(self.lake, folder) as purged,
             HostServer(self.config.host_rules, patience_s=self.config.turn_patience_s) as hosts,
         ):
+            self._texts = WebTexts(self.config, known.images)
             for ref in self.earlier:
                 texts = committed_part(self.lake, "captions", ref.name, round=0)
                 known.remember(ref, texts, own=False)
@@ -192,9 +194,8 @@ class _Intake:
         for pair in pairs:
             if pair["status"] == OK:
                 pair |= {"shard": name, "offset": where[pair["key"]]}
-        web_texts = WebTexts(self.config, known.images)
-        web_texts.unite(pairs, planned)
-        captions = web_texts.captions(pairs)
+        self._texts.unite(pairs, planned)
+        captions = self._texts.captions(pairs, planned)
         refs = self._commit(name, index, pairs, captions, clock)
         known.made(pairs, captions)
         return refs
@@ -208,7 +209,7 @@ class _Intake:
         pairs: list[dict[str, Any]],
     ) -> Iterator[Sample]:
         """The images of a shard; a row for each planned row is put into `pairs`."""
-        for row in looked_at(planned, results, self.config):
+        for row in safe_rows(looked_at(planned, results, self.config), self.config.safety):
             pair = row.pair
             pairs.append(pair)
             if row.image is None or row.looks is None:

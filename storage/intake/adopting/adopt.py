@@ -7,7 +7,7 @@ downloaded ones: what is no picture, a copy, purged or kept for evaluation has i
 import hashlib
 import json
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +20,7 @@ from storage.intake.adopting.found import Found
 from storage.intake.adopting.image_set import ImageSetConfig
 from storage.intake.adopting.opened import Files, OpenedSet, open_set
 from storage.intake.download_config import DownloadConfig
+from storage.intake.judged import safe_rows
 from storage.intake.known import KnownImages
 from storage.intake.looking import OF_THE_IMAGE, Looked, ahead, inspected
 from storage.intake.purged import PurgedImages
@@ -47,8 +48,12 @@ logger = logging.getLogger(__name__)
 
 STAGE_VERSION = 1
 
-_NOT_PLANNED: dict[str, Any] = {"known_image": None, "first_row": None}
-"""Nobody knew beforehand which rows would repeat another."""
+_NOT_PLANNED: dict[str, Any] = {
+    "known_image": None,
+    "first_row": None,
+    "is_placeholder": False,
+}
+"""Nobody counted beforehand which addresses and texts would repeat."""
 
 Progress = Callable[[int, int], None]
 """Called with files done and files in all."""
@@ -110,6 +115,7 @@ class _Adoption:
         self._num_rows = 0
         self._rows = SeenImages(folder)
         self._known = KnownImages(lake, folder, config)
+        self._texts = WebTexts(config, self._known.images)
         self._purged = PurgedImages(lake, folder)
         for ref in self.earlier:
             self._remember_rows(ref)
@@ -212,7 +218,15 @@ class _Adoption:
         self, file: SetFile, rows: list[tuple[dict[str, Any], Found]], shard: str
     ) -> Iterator[Sample]:
         """The pictures of a file that are kept; a pair for each row is put into `rows`, with what was found."""
-        for looked, found in ahead(self._look, self._unknown(self.opened.rows(file))):
+        coming: deque[Found] = deque()
+
+        def in_order() -> Iterator[Looked]:
+            for looked, found in ahead(self._look, self._unknown(self.opened.rows(file))):
+                coming.append(found)
+                yield looked
+
+        for looked in safe_rows(in_order(), self.config.safety):
+            found = coming.popleft()
             pair = looked.pair | {"row": self._num_rows + len(rows)}
             gone = self._purged.outcome_of_address(pair["url"])
             if gone is not None:
@@ -279,9 +293,9 @@ class _Adoption:
     ) -> tuple[PartRef, PartRef]:
         """The captions first: a shard counts as done when its pairs are committed too."""
         pairs = [pair for pair, _ in rows]
-        web_texts = WebTexts(self.config, self._known.images)
-        web_texts.unite(pairs, [_NOT_PLANNED] * len(pairs))
-        captions = web_texts.captions(pairs, [found.texts for _, found in rows])
+        given, planned = [found.texts for _, found in rows], [_NOT_PLANNED] * len(pairs)
+        self._texts.unite(pairs, planned)
+        captions = self._texts.captions(pairs, planned, given)
         num_ok = sum(pair["status"] == OK for pair in pairs)
         texts = commit_part(
             self.lake,
@@ -290,7 +304,7 @@ class _Adoption:
             rows_table("captions", captions),
             round=0,
             basis=basis,
-            counts=counts_of_texts(pairs, captions),
+            counts=counts_of_texts(pairs, captions, given),
             clock=clock,
         )
         reasons = Counter(pair["status"] for pair in pairs if pair["status"] != OK)
