@@ -6,11 +6,13 @@ bytes or the new ones, never half of either.
 """
 
 import errno
+import io
 import os
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -18,6 +20,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import ConfigError, NotWritable, StorageFull, TransientError
+from storage.store_errors import store_named
 
 TMP_PREFIX = "_tmp-"
 """Names that begin so are unfinished writes: no listing shows them, `sweep` removes them."""
@@ -64,17 +67,26 @@ class Root:
     def exists(self, rel: str) -> bool:
         """Whether there is a file or folder of that name."""
         with explained(self, rel):
+            self.fs.invalidate_cache()
             return bool(self.fs.exists(self.path(rel)))
 
     def size(self, rel: str) -> int:
         """Bytes of a file; FileNotFoundError when absent."""
         with explained(self, rel):
+            self.fs.invalidate_cache()
             return int(self.fs.info(self.path(rel))["size"])
+
+    def modified(self, rel: str) -> datetime:
+        """When a file was written, by the clock of whoever keeps it; FileNotFoundError when absent."""
+        with explained(self, rel):
+            self.fs.invalidate_cache()
+            return cast(datetime, self.fs.modified(self.path(rel)))
 
     def open(self, rel: str) -> BinaryIO:
         """Open a file for reading."""
         with explained(self, rel):
-            return cast(BinaryIO, self.fs.open(self.path(rel), "rb"))
+            file = cast(BinaryIO, self.fs.open(self.path(rel), "rb"))
+        return file if self.is_local else cast(BinaryIO, _StoredFile(self, rel, file))
 
     def read_bytes(self, rel: str) -> bytes:
         """A whole file; FileNotFoundError when absent."""
@@ -170,6 +182,7 @@ class Root:
     def remove(self, rel: str) -> None:
         """Remove a file or a folder with what is in it; nothing happens when it is absent."""
         with explained(self, rel):
+            self.fs.invalidate_cache()
             if self.fs.exists(self.path(rel)):
                 self.fs.rm(self.path(rel), recursive=True)
 
@@ -194,12 +207,51 @@ class Root:
             return []
 
 
+class _StoredFile(io.RawIOBase):
+    """A file of a store that is being read: it is asked for as it is read, so what goes wrong does so then."""
+
+    def __init__(self, root: Root, rel: str, file: BinaryIO) -> None:
+        self._root, self._rel, self._file = root, rel, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def read(self, size: int = -1) -> bytes:
+        with explained(self._root, self._rel):
+            return self._file.read(size)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 @contextmanager
 def explained(root: Root, rel: str) -> Iterator[None]:
     """Turn what the file system says into an error with the path and a remedy."""
-    where = f"{root.uri}/{rel}".rstrip("/")
-    try:
+    with explained_at(f"{root.uri}/{rel}".rstrip("/")):
         yield
+
+
+@contextmanager
+def explained_at(where: str) -> Iterator[None]:
+    """The same for an address that belongs to no root, such as a scratch folder's."""
+    try:
+        with store_named(where):
+            yield
     except (ConnectionError, TimeoutError) as err:
         raise TransientError(f"{where}: {err}; it may pass, try again") from err
     except OSError as err:

@@ -80,6 +80,8 @@ class Clock:
     """When a stage began and how long its steps took; never part of a fingerprint."""
 
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    began: float = field(default_factory=time.monotonic)
+    """The same by `time.monotonic`: the time of day may jump while a stage runs."""
     timings: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -157,7 +159,7 @@ def commit_batches(
         inputs=tuple(basis["inputs"]),
         versions=versions(),
         started_at=clock.started_at.isoformat(timespec="seconds"),
-        seconds=round_to_ms((datetime.now(UTC) - clock.started_at).total_seconds()),
+        seconds=round_to_ms(time.monotonic() - clock.began),
         timings=timings,
     )
     write_manifest(lake.root, manifest_path, manifest)

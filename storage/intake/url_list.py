@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import ConfigError, EmptyInput, MissingColumn
+from storage.store_errors import store_named
 
 BATCH_ROWS = 10_000
 
@@ -65,7 +66,7 @@ def open_table(path: str | Path, columns: Mapping[str, str]) -> Iterator[list[Li
     name = str(path)
     read = _reader_of(name)
     try:
-        with fsspec.open(name, "rb", compression="infer") as f:
+        with store_named(name), fsspec.open(name, "rb", compression="infer") as f:
             position = 0
             for batch in read(cast(BinaryIO, f), name, columns):
                 position += len(batch)

@@ -34,6 +34,7 @@ from storage.intake.url_list import UrlListConfig
 from storage.lake import Lake
 from storage.schemas import OK
 from storage.shards import Sample, write_shard
+from storage.store_errors import store_named
 from storage.tables import (
     Clock,
     Counts,
@@ -335,7 +336,7 @@ def _slice_folder(folder: Path, indices: range) -> Path:
 def _list_sha256(path: str) -> str:
     """First 32 hex digits of the hash of the list's bytes; ConfigError when it is not there."""
     try:
-        with fsspec.open(path, "rb") as f:
+        with store_named(path), fsspec.open(path, "rb") as f:
             return hashlib.file_digest(cast(Any, f), "sha256").hexdigest()[:32]
     except FileNotFoundError as err:
         raise ConfigError(f"{path} does not exist; check the path of the URL list") from err
