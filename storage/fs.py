@@ -20,7 +20,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import ConfigError, NotWritable, StorageFull, TransientError
-from storage.store_errors import store_named
+from storage.store_errors import is_past_the_end, store_named
 
 TMP_PREFIX = "_tmp-"
 """Names that begin so are unfinished writes: no listing shows them, `sweep` removes them."""
@@ -96,7 +96,13 @@ class Root:
     def read_range(self, rel: str, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`, fewer when the file ends before."""
         with explained(self, rel):
-            return cast(bytes, self.fs.cat_file(self.path(rel), start=offset, end=offset + size))
+            try:
+                found = self.fs.cat_file(self.path(rel), start=offset, end=offset + size)
+            except OSError as err:
+                if not is_past_the_end(err):
+                    raise
+                return b""
+            return cast(bytes, found)
 
     def write_bytes(self, rel: str, data: bytes) -> None:
         """Write a whole file, atomically."""

@@ -69,7 +69,7 @@ def hold_remote(root: Root, rel: str, purpose: str, what: str = "lake") -> Itera
     if current is None or current.get("token") != holder["token"]:
         raise _busy(root, json.dumps(current).encode(), what)
     stop = threading.Event()
-    beat = threading.Thread(target=_renew, args=(root, rel, holder, stop), daemon=True)
+    beat = threading.Thread(target=_renew, args=(root, rel, holder, stop), daemon=True, name="lock")
     beat.start()
     try:
         yield None

@@ -82,7 +82,7 @@ class Kills:
             lake.root.remove(layout.intake_record(1, "web-00"))
             self.resumed += 1
             run = start(lake, *begin, **env)
-        assert run.wait(600) == 0
+        assert run.wait(1800) == 0
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {number} times" for name, number in sorted(self.killed.items()))

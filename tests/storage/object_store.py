@@ -47,8 +47,8 @@ class ObjectStore:
 
 
 @contextmanager
-def object_store(*buckets: str) -> Iterator[ObjectStore]:
-    """Serve until the end of the `with`."""
+def object_store(*buckets: str, checks: bool = False) -> Iterator[ObjectStore]:
+    """Serve until the end of the `with`; with `checks` whoever is not known is refused, and nobody is."""
     import s3fs
 
     server = subprocess.Popen(
@@ -57,7 +57,10 @@ def object_store(*buckets: str) -> Iterator[ObjectStore]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=os.environ | QUIET | CREDENTIALS,
+        env=os.environ
+        | QUIET
+        | CREDENTIALS
+        | ({"INITIAL_NO_AUTH_ACTION_COUNT": "0"} if checks else {}),
     )
     assert server.stdin is not None
     assert server.stdout is not None

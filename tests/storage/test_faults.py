@@ -83,7 +83,7 @@ CONFIG: dict[str, Any] = {
     "per_host": 32,
     # All rows are of one host, and what is asked for again is nearly all failures.
     "host_failures": 1_000_000_000,
-    "shard_rows": max(20, min(1_000, ROWS // 100)),
+    "shard_rows": max(20, min(1_000, ROWS // 20)),
     "slice_rows": 25_000,
     "retry_passes": 1,
     "retry_wait_s": 0.1,
