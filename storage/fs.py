@@ -93,6 +93,20 @@ class Root:
         with explained(self, rel):
             return cast(bytes, self.fs.cat_file(self.path(rel)))
 
+    def read_many(self, rels: Names) -> list[bytes | None]:
+        """Whole files, on a store several at a time; None for those that are absent."""
+        if self.is_local:
+            return [self._read_or_none(rel) for rel in rels]
+        paths = [self.path(rel) for rel in rels]
+        with explained(self, ""):
+            found = self.fs.cat(paths, on_error="return") if paths else {}
+            for read in found.values():
+                if isinstance(read, Exception) and not isinstance(read, FileNotFoundError):
+                    raise read
+        by_path = {str(path).strip("/"): read for path, read in found.items()}
+        read_as = (by_path[path.strip("/")] for path in paths)
+        return [read if isinstance(read, bytes) else None for read in read_as]
+
     def read_range(self, rel: str, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`, fewer when the file ends before."""
         with explained(self, rel):
@@ -178,12 +192,20 @@ class Root:
 
     def list_recursive(self, rel_dir: str) -> Names:
         """Sorted relative paths of all files below a folder, unfinished writes excluded."""
+        return sorted(self.sizes(rel_dir))
+
+    def sizes(self, rel_dir: str) -> dict[str, int]:
+        """Bytes of all files below a folder by relative path, unfinished writes excluded: on a store one request."""
         with explained(self, rel_dir):
             self.fs.invalidate_cache()
-            found = self.fs.find(self.path(rel_dir))
+            found = self.fs.find(self.path(rel_dir), detail=True)
         prefix = len(self.path("").rstrip("/")) + 1
-        rels = (str(p)[prefix:] for p in found)
-        return sorted(r for r in rels if not PurePosixPath(r).name.startswith(TMP_PREFIX))
+        sizes = {str(path)[prefix:]: int(info["size"] or 0) for path, info in found.items()}
+        return {
+            rel: size
+            for rel, size in sizes.items()
+            if not PurePosixPath(rel).name.startswith(TMP_PREFIX)
+        }
 
     def remove(self, rel: str) -> None:
         """Remove a file or a folder with what is in it; nothing happens when it is absent."""
@@ -204,6 +226,12 @@ class Root:
             for path in tmp:
                 self.fs.rm_file(path)
         return len(tmp)
+
+    def _read_or_none(self, rel: str) -> bytes | None:
+        try:
+            return self.read_bytes(rel)
+        except FileNotFoundError:
+            return None
 
     def _ls(self, rel_dir: str) -> Names:
         self.fs.invalidate_cache()

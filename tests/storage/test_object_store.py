@@ -7,14 +7,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import s3fs
 from hostile_web import HostileWeb, serve
 from object_store import CREDENTIALS, ObjectStore, object_store
+from test_faults import assert_same
 from test_lake import HOLDER
-from test_web import rows_of
 from web_world import jpeg, write_list
 
 import storage
@@ -28,13 +29,14 @@ from storage.errors import (
     StorageError,
     TransientError,
 )
+from storage.fingerprint import basis_of
 from storage.intake.download_config import DownloadConfig
 from storage.intake.url_list import UrlListConfig, open_table
 from storage.intake.web import ingest_urls
 from storage.lake import Lake
 from storage.repair import repair
-from storage.shards import iter_shard, read_verified_image
-from storage.tables import list_parts, read_part
+from storage.shards import Sample, iter_shard, read_verified_image, write_shard
+from storage.tables import PartRef, commit_part, list_parts, read_part, rows_table
 
 CONFIG = DownloadConfig(allow_addresses=("127.0.0.1/32",), shard_rows=10, retry_passes=0, threads=4)
 
@@ -63,43 +65,62 @@ def web() -> Iterator[HostileWeb]:
         yield served
 
 
-def _list_of(web: HostileWeb, path: Path) -> UrlListConfig:
+@dataclass(frozen=True)
+class TwoLakes:
+    """One list, taken into a lake on the store and into one on a disk."""
+
+    url_list: UrlListConfig
+    lake: Lake
+    on_disk: Lake
+    parts: list[PartRef]
+
+
+@pytest.fixture(scope="module")
+def both(store: ObjectStore, web: HostileWeb, tmp_path_factory: pytest.TempPathFactory) -> TwoLakes:
+    folder = tmp_path_factory.mktemp("both")
     pages = [f"ok.jpg?n={n % 18}&row={n}" for n in range(20)] + ["html.jpg", "none.jpg"]
-    return UrlListConfig(path=str(write_list(path, [(web.url(p), f"text of {p}") for p in pages])))
-
-
-def test_intake_gives_the_lake_that_a_disk_gets(
-    store: ObjectStore, web: HostileWeb, tmp_path: Path
-) -> None:
-    url_list = _list_of(web, tmp_path / "urls.parquet")
-    fs = s3fs.S3FileSystem()
-    fs.put_file(url_list.path, "bucket/urls.parquet")
-    lake = Lake.open("s3://bucket/same", create=True)
-    on_disk = Lake.open(str(tmp_path / "lake"), create=True)
+    path = write_list(folder / "urls.parquet", [(web.url(p), f"text of {p}") for p in pages])
+    lake = Lake.open(
+        "s3://bucket/both",
+        create=True,
+        storage_options=store.options,
+        scratch_root=folder / "scratch",
+    )
+    on_disk = Lake.open(str(folder / "lake"), create=True)
+    url_list = UrlListConfig(path=str(path))
     with lake.lock("ingest"):
-        parts = ingest_urls(lake, UrlListConfig(path="s3://bucket/urls.parquet"), CONFIG, round=1)
+        parts = ingest_urls(lake, url_list, CONFIG, round=1)
     ingest_urls(on_disk, url_list, CONFIG, round=1)
-    for table in ("pairs", "captions"):
-        assert rows_of(lake, table) == rows_of(on_disk, table)
-    assert not lake.root.exists(layout.LOCK)
-    assert lake.root.list_recursive("shards") == on_disk.root.list_recursive("shards")
-    rows = query(lake, "FROM pairs WHERE status = 'ok'").to_pylist()
+    return TwoLakes(url_list, lake, on_disk, parts)
+
+
+def test_intake_gives_the_lake_that_a_disk_gets(both: TwoLakes) -> None:
+    assert_same(both.lake, both.on_disk)
+    assert not both.lake.root.exists(layout.LOCK)
+    funnel = "SELECT stage, outcome, rows FROM funnel ORDER BY ALL"
+    assert query(both.lake, funnel) == query(both.on_disk, funnel)
+    assert write_catalog(both.lake) is None
+
+
+def test_images_are_read_by_their_ranges(both: TwoLakes) -> None:
+    rows = query(both.lake, "FROM pairs WHERE status = 'ok'").to_pylist()
     assert len(rows) == 18
     for row in rows:
         where = (row["shard"], row["offset"], row["size"])
         number = int(row["url"].partition("?n=")[2].partition("&")[0])
-        assert read_verified_image(lake, *where, row["image_id"]) == jpeg(number)
-    funnel = "SELECT stage, outcome, rows FROM funnel ORDER BY ALL"
-    assert query(lake, funnel) == query(on_disk, funnel)
-    assert write_catalog(lake) is None
-    assert ingest_urls(lake, UrlListConfig(path=url_list.path), CONFIG, round=1) == parts
+        assert read_verified_image(both.lake, *where, row["image_id"]) == jpeg(number)
 
 
-def test_parts_and_shards_are_read_dropped_and_repaired(web: HostileWeb, tmp_path: Path) -> None:
-    url_list = _list_of(web, tmp_path / "urls.parquet")
-    lake = Lake.open("s3://bucket/repaired", create=True)
-    ingest_urls(lake, url_list, CONFIG, round=1)
-    whole = rows_of(lake, "pairs")
+def test_intake_is_not_made_twice_and_its_list_may_be_on_the_store(both: TwoLakes) -> None:
+    s3fs.S3FileSystem().put_file(both.url_list.path, "bucket/urls.parquet")
+    listed = UrlListConfig(path="s3://bucket/urls.parquet")
+    assert ingest_urls(both.lake, listed, CONFIG, round=1) == both.parts
+    read = [row.values for batch in open_table(listed.path, listed.columns()) for row in batch]
+    assert len(read) == 22
+
+
+def test_parts_and_shards_are_read_dropped_and_repaired(both: TwoLakes) -> None:
+    lake = both.lake
     tables = [read_part(lake, ref) for ref in list_parts(lake, "pairs", check=True)]
     assert [table.num_rows for table in tables] == [10, 10, 2]
     assert len(list(iter_shard(lake, "web-0001-00-00000"))) == 10
@@ -109,8 +130,8 @@ def test_parts_and_shards_are_read_dropped_and_repaired(web: HostileWeb, tmp_pat
     assert [damage.path for damage in repair(lake)] == [shard]
     assert not lake.root.exists("tables/_tmp-unfinished")
     assert query(lake, "FROM pairs").num_rows == 12
-    ingest_urls(lake, url_list, CONFIG, round=1)
-    assert rows_of(lake, "pairs") == whole
+    ingest_urls(lake, both.url_list, CONFIG, round=1)
+    assert_same(lake, both.on_disk)
 
 
 def test_queries_of_strangers_read_no_file_of_this_machine(tmp_path: Path) -> None:
@@ -221,22 +242,24 @@ def test_credentials_that_the_store_refuses_are_named(monkeypatch: pytest.Monkey
 
 
 def test_store_that_goes_away_is_named_wherever_it_is_read(
-    web: HostileWeb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    (tmp_path / "file").write_bytes(b"x")
     with object_store("bucket") as short_lived:
         monkeypatch.setenv("AWS_ENDPOINT_URL", short_lived.endpoint)
         s3fs.S3FileSystem.clear_instance_cache()
         lake = Lake.open("s3://bucket/lake", create=True)
-        ingest_urls(lake, _list_of(web, tmp_path / "urls.parquet"), CONFIG, round=1)
-        ref = list_parts(lake, "pairs")[0]
+        write_shard(lake, "a", [Sample(key="k", image=b"image", ext="jpg", meta={})])
+        rows = rows_table("pairs", [])
+        ref = commit_part(lake, "pairs", "a", rows, basis=basis_of("x", 1, {}, []))
         opened = lake.root.open(ref.path)
     for ask in (
         opened.read,
         lambda: read_part(lake, ref),
         lambda: query(lake, "FROM pairs"),
-        lambda: list(iter_shard(lake, ref.name)),
+        lambda: list(iter_shard(lake, "a")),
         lambda: lake.root.write_bytes("x", b"x"),
-        lambda: lake.root.put_file(tmp_path / "urls.parquet", "x"),
+        lambda: lake.root.put_file(tmp_path / "file", "x"),
     ):
         with pytest.raises(TransientError, match=r"s3://bucket/lake.*does not answer.*try again"):
             ask()
