@@ -133,8 +133,8 @@ def _read(root: Root, rel: str) -> dict[str, Any] | None:
 def _if_killed(root: Root, rel: str, silent_s: float) -> str:
     return (
         f". If it was killed, nobody gives the lock back: it is free {STALE_AFTER_S:.0f} s after it was last renewed, in "
-        f"{STALE_AFTER_S - silent_s:.0f} s, and the same command may be run again then; or at once, if you are sure that "
-        f"nothing of it runs any more and remove {root.uri}/{rel}"
+        f"{STALE_AFTER_S - silent_s:.0f} s, and the same command goes on then. Or remove {root.uri}/{rel}, if you are sure "
+        "that nothing of that run is alive, and it goes on at once"
     )
 
 

@@ -173,7 +173,7 @@ def test_lock_of_a_killed_run_is_kept_for_a_while_and_the_error_says_what_to_do(
     said = (
         rf"in use by 'the first run', process {holder.pid} on {socket.gethostname()}, since .*"
         r"If it was killed.* free 600 s after it was last renewed, in \d+ s,"
-        r".*remove s3://bucket/locked/lake\.lock"
+        r".*Or remove s3://bucket/locked/lake\.lock, if you are sure"
     )
     with pytest.raises(LakeBusy, match=said), lake.lock("the second"):
         pytest.fail("the lock of a run that may live was taken")
