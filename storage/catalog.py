@@ -22,6 +22,7 @@ from storage.errors import ConfigError, QueryRefused, StorageFull
 from storage.fs import explained
 from storage.generations import active_generation
 from storage.lake import Lake
+from storage.listed_files import ListedFiles
 from storage.parts_sql import quoted, rows_of
 from storage.schemas import TABLES
 from storage.steady import steadily
@@ -77,7 +78,7 @@ def connect_bare(
     """`connect` without any view: for SQL over parts that are named one by one."""
     con = duckdb.connect(config=_config(lake, memory_limit, threads))
     if not lake.root.is_local:
-        con.register_filesystem(lake.root.fs)
+        con.register_filesystem(ListedFiles(lake.root))
     return con
 
 

@@ -15,6 +15,7 @@ StorageError
 |   +-- PurgeUnfinished          a purge was begun and has to be finished first
 |   +-- StorageFull
 |   +-- NotWritable
+|   +-- NoAccess                 an object store wants credentials, or other ones
 +-- CorruptData                  bytes that are not what their manifest says
 |   +-- CorruptPart
 |   +-- CorruptShard
@@ -82,6 +83,10 @@ class StorageFull(LakeError):
 
 class NotWritable(LakeError):
     """The lake, or a file in it, cannot be written."""
+
+
+class NoAccess(LakeError):
+    """An object store was asked without credentials, or with some that it refuses."""
 
 
 class CorruptData(StorageError):

@@ -6,11 +6,13 @@ bytes or the new ones, never half of either.
 """
 
 import errno
+import io
 import os
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
@@ -18,6 +20,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from storage.errors import ConfigError, NotWritable, StorageFull, TransientError
+from storage.store_errors import is_past_the_end, store_named
 
 TMP_PREFIX = "_tmp-"
 """Names that begin so are unfinished writes: no listing shows them, `sweep` removes them."""
@@ -64,6 +67,7 @@ class Root:
     def exists(self, rel: str) -> bool:
         """Whether there is a file or folder of that name."""
         with explained(self, rel):
+            self.fs.invalidate_cache()
             return bool(self.fs.exists(self.path(rel)))
 
     def is_file(self, rel: str) -> bool:
@@ -74,22 +78,50 @@ class Root:
     def size(self, rel: str) -> int:
         """Bytes of a file; FileNotFoundError when absent."""
         with explained(self, rel):
+            self.fs.invalidate_cache()
             return int(self.fs.info(self.path(rel))["size"])
+
+    def modified(self, rel: str) -> datetime:
+        """When a file was written, by the clock of whoever keeps it; FileNotFoundError when absent."""
+        with explained(self, rel):
+            self.fs.invalidate_cache()
+            return cast(datetime, self.fs.modified(self.path(rel)))
 
     def open(self, rel: str) -> BinaryIO:
         """Open a file for reading."""
         with explained(self, rel):
-            return cast(BinaryIO, self.fs.open(self.path(rel), "rb"))
+            file = cast(BinaryIO, self.fs.open(self.path(rel), "rb"))
+        return file if self.is_local else cast(BinaryIO, _StoredFile(self, rel, file))
 
     def read_bytes(self, rel: str) -> bytes:
         """A whole file; FileNotFoundError when absent."""
         with explained(self, rel):
             return cast(bytes, self.fs.cat_file(self.path(rel)))
 
+    def read_many(self, rels: Names) -> list[bytes | None]:
+        """Whole files, on a store several at a time; None for those that are absent."""
+        if self.is_local:
+            return [self._read_or_none(rel) for rel in rels]
+        paths = [self.path(rel) for rel in rels]
+        with explained(self, ""):
+            found = self.fs.cat(paths, on_error="return") if paths else {}
+            for read in found.values():
+                if isinstance(read, Exception) and not isinstance(read, FileNotFoundError):
+                    raise read
+        by_path = {str(path).strip("/"): read for path, read in found.items()}
+        read_as = (by_path[path.strip("/")] for path in paths)
+        return [read if isinstance(read, bytes) else None for read in read_as]
+
     def read_range(self, rel: str, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`, fewer when the file ends before."""
         with explained(self, rel):
-            return cast(bytes, self.fs.cat_file(self.path(rel), start=offset, end=offset + size))
+            try:
+                found = self.fs.cat_file(self.path(rel), start=offset, end=offset + size)
+            except OSError as err:
+                if not is_past_the_end(err):
+                    raise
+                return b""
+            return cast(bytes, found)
 
     def write_bytes(self, rel: str, data: bytes) -> None:
         """Write a whole file, atomically."""
@@ -165,25 +197,25 @@ class Root:
 
     def list_recursive(self, rel_dir: str) -> Names:
         """Sorted relative paths of all files below a folder, unfinished writes excluded."""
-        with explained(self, rel_dir):
-            self.fs.invalidate_cache()
-            found = self.fs.find(self.path(rel_dir))
-        prefix = len(self.path("").rstrip("/")) + 1
-        rels = (str(p)[prefix:] for p in found)
-        return sorted(r for r in rels if not PurePosixPath(r).name.startswith(TMP_PREFIX))
+        return list(self.sizes(rel_dir))
 
     def sizes(self, rel_dir: str = "") -> dict[str, int]:
-        """Bytes of all files below a folder by their relative paths, sorted; empty when there is none."""
+        """Bytes of all files below a folder by relative path, sorted, unfinished writes excluded: on a store one request."""
         with explained(self, rel_dir):
             self.fs.invalidate_cache()
             found = self.fs.find(self.path(rel_dir), detail=True)
         prefix = len(self.path("").rstrip("/")) + 1
-        rels = ((str(path)[prefix:], int(info["size"] or 0)) for path, info in found.items())
-        return dict(sorted(r for r in rels if not PurePosixPath(r[0]).name.startswith(TMP_PREFIX)))
+        sizes = {str(path)[prefix:]: int(info["size"] or 0) for path, info in found.items()}
+        return {
+            rel: size
+            for rel, size in sorted(sizes.items())
+            if not PurePosixPath(rel).name.startswith(TMP_PREFIX)
+        }
 
     def remove(self, rel: str) -> None:
         """Remove a file or a folder with what is in it; nothing happens when it is absent."""
         with explained(self, rel):
+            self.fs.invalidate_cache()
             if self.fs.exists(self.path(rel)):
                 self.fs.rm(self.path(rel), recursive=True)
 
@@ -200,6 +232,12 @@ class Root:
                 self.fs.rm_file(path)
         return len(tmp)
 
+    def _read_or_none(self, rel: str) -> bytes | None:
+        try:
+            return self.read_bytes(rel)
+        except FileNotFoundError:
+            return None
+
     def _ls(self, rel_dir: str) -> Names:
         self.fs.invalidate_cache()
         try:
@@ -208,12 +246,51 @@ class Root:
             return []
 
 
+class _StoredFile(io.RawIOBase):
+    """A file of a store that is being read: it is asked for as it is read, so what goes wrong does so then."""
+
+    def __init__(self, root: Root, rel: str, file: BinaryIO) -> None:
+        self._root, self._rel, self._file = root, rel, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def read(self, size: int = -1) -> bytes:
+        with explained(self._root, self._rel):
+            return self._file.read(size)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 @contextmanager
 def explained(root: Root, rel: str) -> Iterator[None]:
     """Turn what the file system says into an error with the path and a remedy."""
-    where = f"{root.uri}/{rel}".rstrip("/")
-    try:
+    with explained_at(f"{root.uri}/{rel}".rstrip("/")):
         yield
+
+
+@contextmanager
+def explained_at(where: str) -> Iterator[None]:
+    """The same for an address that belongs to no root, such as a scratch folder's."""
+    try:
+        with store_named(where):
+            yield
     except (ConnectionError, TimeoutError) as err:
         raise TransientError(f"{where}: {err}; it may pass, try again") from err
     except OSError as err:

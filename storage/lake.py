@@ -20,7 +20,7 @@ from storage.errors import (
     PurgeUnfinished,
     SchemaVersionError,
 )
-from storage.fs import Root
+from storage.fs import Root, explained_at
 from storage.lock import hold_local, hold_remote
 from storage.schemas import SCHEMA_VERSION
 
@@ -108,12 +108,8 @@ class Lake:
             name = hashlib.sha256(self.uri.encode()).hexdigest()[:12]
             work = Path(base).resolve() / f"bootstrap-{name}"
         folder = work.joinpath(*parts)
-        try:
+        with explained_at(str(folder)):
             folder.mkdir(parents=True, exist_ok=True)
-        except PermissionError as err:
-            raise NotWritable(
-                f"{folder}: {err.strerror}; give this user the right to write there"
-            ) from err
         return folder
 
 

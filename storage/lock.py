@@ -3,6 +3,7 @@
 import fcntl
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -11,10 +12,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import PurePosixPath
 from typing import Any
 
 from storage.errors import LakeBusy, StorageError
-from storage.fs import Root, explained
+from storage.fs import TMP_PREFIX, Root, explained
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +59,17 @@ def hold_remote(root: Root, rel: str, purpose: str, what: str = "lake") -> Itera
     """
     holder = _holder(purpose) | {"token": uuid.uuid4().hex}
     current = _read(root, rel)
-    if current is not None and time.time() - float(current.get("renewed", 0)) < STALE_AFTER_S:
-        raise _busy(root, json.dumps(current).encode(), what)
+    if current is not None:
+        silent_s = _silent_s(root, rel)
+        if silent_s < STALE_AFTER_S:
+            raise _busy(root, json.dumps(current).encode(), what, _if_killed(root, rel, silent_s))
     _write(root, rel, holder)
     time.sleep(0.0 if root.uri.startswith("memory:") else 1.0)
     current = _read(root, rel)
     if current is None or current.get("token") != holder["token"]:
         raise _busy(root, json.dumps(current).encode(), what)
     stop = threading.Event()
-    beat = threading.Thread(target=_renew, args=(root, rel, holder, stop), daemon=True)
+    beat = threading.Thread(target=_renew, args=(root, rel, holder, stop), daemon=True, name="lock")
     beat.start()
     try:
         yield None
@@ -80,6 +84,11 @@ def hold_remote(root: Root, rel: str, purpose: str, what: str = "lake") -> Itera
 def _renew(root: Root, rel: str, holder: dict[str, Any], stop: threading.Event) -> None:
     while not stop.wait(HEARTBEAT_S):
         try:
+            now = _read(root, rel)
+            if now is not None and now.get("token") != holder["token"]:
+                # This process stood still for so long that somebody else took over.
+                logger.error("the lock of %s was lost to %s", root.uri, now.get("purpose"))
+                return
             _write(root, rel, holder)
         except (StorageError, OSError) as err:
             logger.warning("could not renew the lock of %s: %s", root.uri, err)
@@ -95,7 +104,22 @@ def _holder(purpose: str) -> dict[str, Any]:
 
 
 def _write(root: Root, rel: str, holder: dict[str, Any]) -> None:
-    root.write_bytes(rel, json.dumps(holder | {"renewed": time.time()}).encode())
+    root.write_bytes(rel, json.dumps(holder).encode())
+
+
+def _silent_s(root: Root, rel: str) -> float:
+    """For how long nobody has written a lock object, in s.
+
+    By the store's own clock: those of the machines that share a lake need not agree, nor go steadily.
+    """
+    probe = str(PurePosixPath(rel).with_name(f"{TMP_PREFIX}{uuid.uuid4().hex}"))
+    root.write_bytes(probe, b"")
+    try:
+        return (root.modified(probe) - root.modified(rel)).total_seconds()
+    except FileNotFoundError:
+        return math.inf  # given back meanwhile
+    finally:
+        root.remove(probe)
 
 
 def _read(root: Root, rel: str) -> dict[str, Any] | None:
@@ -106,7 +130,15 @@ def _read(root: Root, rel: str) -> dict[str, Any] | None:
     return holder if isinstance(holder, dict) else None
 
 
-def _busy(root: Root, record: bytes, what: str) -> LakeBusy:
+def _if_killed(root: Root, rel: str, silent_s: float) -> str:
+    return (
+        f". If it was killed, nobody gives the lock back: it is free {STALE_AFTER_S:.0f} s after it was last renewed, in "
+        f"{STALE_AFTER_S - silent_s:.0f} s, and the same command goes on then. Or remove {root.uri}/{rel}, if you are sure "
+        "that nothing of that run is alive, and it goes on at once"
+    )
+
+
+def _busy(root: Root, record: bytes, what: str, if_killed: str = "") -> LakeBusy:
     try:
         who = json.loads(record)
         text = (
@@ -116,5 +148,5 @@ def _busy(root: Root, record: bytes, what: str) -> LakeBusy:
         text = "a run that is just starting"
     return LakeBusy(
         f"{what} {root.uri} is in use by {text}; wait for it to end or stop it, or name another "
-        f"{what}"
+        f"{what}{if_killed}"
     )

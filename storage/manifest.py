@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from typing import Any
@@ -10,6 +10,9 @@ from typing import Any
 from storage.errors import CorruptPart
 from storage.fs import Root
 from storage.schemas import SCHEMA_VERSION
+
+_AT_ONCE = 256
+"""Manifests that are read together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,13 +68,23 @@ def write_manifest(root: Root, rel: str, manifest: Manifest) -> None:
 
 def read_manifest(root: Root, rel: str) -> Manifest | None:
     """The manifest at `rel`, None when there is none; CorruptPart when it is not readable."""
+    return next(read_manifests(root, [rel]))
+
+
+def read_manifests(root: Root, rels: list[str]) -> Iterator[Manifest | None]:
+    """The manifests at some paths, in their order; None and CorruptPart as `read_manifest`."""
+    for first in range(0, len(rels), _AT_ONCE):
+        some = rels[first : first + _AT_ONCE]
+        for rel, data in zip(some, root.read_many(some), strict=True):
+            yield None if data is None else _parsed(root, rel, data)
+
+
+def _parsed(root: Root, rel: str, data: bytes) -> Manifest:
     try:
-        record = json.loads(root.read_bytes(rel))
+        record = json.loads(data)
         known = {f.name for f in fields(Manifest)}
         record = {k: v for k, v in record.items() if k in known}
         return Manifest(**record | {"inputs": tuple(record.get("inputs", ()))})
-    except FileNotFoundError:
-        return None
     except (ValueError, TypeError, AttributeError) as err:
         raise CorruptPart(
             f"manifest {root.uri}/{rel} is not readable ({err}); remove it, or run "

@@ -23,7 +23,7 @@ from storage.errors import CorruptPart, NotWritable, StaleOutput
 from storage.fingerprint import Basis, explain, fingerprint_of
 from storage.fs import explained
 from storage.lake import Lake
-from storage.manifest import Manifest, read_manifest, versions, write_manifest
+from storage.manifest import Manifest, read_manifest, read_manifests, versions, write_manifest
 from storage.schemas import conform, schema_of
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,8 @@ class Clock:
     """When a stage began and how long its steps took; never part of a fingerprint."""
 
     started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    began: float = field(default_factory=time.monotonic)
+    """The same by `time.monotonic`: the time of day may jump while a stage runs."""
     timings: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -157,7 +159,7 @@ def commit_batches(
         inputs=tuple(basis["inputs"]),
         versions=versions(),
         started_at=clock.started_at.isoformat(timespec="seconds"),
-        seconds=round_to_ms((datetime.now(UTC) - clock.started_at).total_seconds()),
+        seconds=round_to_ms(time.monotonic() - clock.began),
         timings=timings,
     )
     write_manifest(lake.root, manifest_path, manifest)
@@ -203,18 +205,15 @@ def list_parts(
     With `check`, CorruptPart when one does not have its committed size.
     """
     schema_of(table)
-    folder = layout.table_dir(table, round)
-    found = (
-        lake.root.list_recursive(folder)
-        if round is None
-        else [f"{folder}/{name}" for name in lake.root.list(folder)]
-    )
-    manifests = (read_manifest(lake.root, rel) for rel in found if rel.endswith(".json"))
-    committed = [m for m in manifests if m is not None]
-    if check:
-        for manifest in committed:
-            _check_size(lake, _ref(manifest), manifest)
-    return [_ref(m) for m in committed]
+    sizes = lake.root.sizes(layout.table_dir(table, round))
+    paths = sorted(rel for rel in sizes if rel.endswith(".json"))
+    refs = []
+    for manifest in read_manifests(lake.root, paths):
+        if manifest is not None:
+            refs.append(ref := _ref(manifest))
+            if check and sizes.get(ref.path) != manifest.num_bytes:
+                _check_size(lake, ref, manifest)
+    return refs
 
 
 def part_manifest(lake: Lake, ref: PartRef) -> Manifest:

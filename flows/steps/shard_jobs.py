@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 
 from flows.patience import patiently
 from flows.session import Run
@@ -61,7 +60,7 @@ class ShardJob:
     num_taken: int = 0
     num_unreadable: int = 0
     """Images that the shard does not hold any more."""
-    started_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    clock: Clock = field(default_factory=Clock)
     timings: dict[str, Seconds] = field(default_factory=lambda: defaultdict(new_seconds))
     """By table."""
 
@@ -72,7 +71,7 @@ class ShardJob:
 
     def begin(self) -> None:
         """Note that work begins: a shard may have been planned long before its turn."""
-        self.started_at = datetime.now(UTC)
+        self.clock = Clock()
 
 
 def plan_shard(
@@ -169,7 +168,7 @@ def _commit(run: Run, job: ShardJob, rows: CaptionRows | ScoreRows) -> tuple[Par
         round=run.round,
         basis=rows.basis,
         counts=counts,
-        clock=Clock(started_at=job.started_at, timings=seconds),
+        clock=replace(job.clock, timings=seconds),
     )
     logger.info(
         "round %d shard %s: %d %s, %d not ok",

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,16 +41,14 @@ class Download:
         shards = range(int(first) // self.shard_rows, math.ceil(int(last) / self.shard_rows))
         return Results(self.folder, shards if last > first else range(0))
 
-    def outcomes(self) -> dict[int, tuple[str, str]]:
-        """Status and reason of every row that the download has a word of."""
-        found = {}
+    def outcomes(self) -> Iterator[tuple[int, str, str]]:
+        """Row, status and reason of every row that the download has a word of, a shard in memory at a time."""
         for shard in range(math.ceil(len(self._rows) / self.shard_rows)):
             parquet = shard_paths(self.folder, shard)[1]
             table = pq.read_table(parquet, columns=["row", "status", "error_message"])
             for row, status, error in zip(*table.to_pydict().values(), strict=True):
                 is_image = status == "success"
-                found[row] = (OK, "") if is_image else outcome_of(error or NO_REASON)
-        return found
+                yield (row, *((OK, "") if is_image else outcome_of(error or NO_REASON)))
 
 
 class Results:

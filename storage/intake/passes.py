@@ -9,6 +9,7 @@ import random
 import threading
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -84,7 +85,7 @@ def fetch_slice(
 def _may_pass(fetch_list: Path, fetched: Download) -> pa.Table:
     """The rows of a finished pass, as a list, whose outcome may be another one the next time."""
     listed = pq.read_table(fetch_list)
-    rows = listed.column("row").to_pylist()
-    outcomes = fetched.outcomes()
-    wanted = [is_transient(*outcomes.get(row, ("lost", ""))) for row in rows]
+    settled = (row for row, *outcome in fetched.outcomes() if not is_transient(*outcome))
+    # Rows of which there is no word are lost, which may pass as well.
+    wanted = np.isin(listed.column("row").to_numpy(), np.fromiter(settled, np.int64), invert=True)
     return listed.filter(pa.array(wanted, pa.bool_()))

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage.errors import ConfigError, EmptyInput, MissingColumn
+from storage.store_errors import store_named
 
 BATCH_ROWS = 10_000
 
@@ -143,7 +144,7 @@ def open_table(
     name = str(path)
     read = _reader_of(name, header)
     try:
-        with fsspec.open(name, "rb", compression="infer") as f:
+        with store_named(name), fsspec.open(name, "rb", compression="infer") as f:
             position = 0
             for batch in read(cast(BinaryIO, f), name, columns):
                 position += len(batch)

@@ -36,6 +36,7 @@ from storage.intake.url_list import UrlListConfig, list_files
 from storage.lake import Lake
 from storage.schemas import OK
 from storage.shards import Sample, write_shard
+from storage.store_errors import store_named
 from storage.tables import (
     Clock,
     Counts,
@@ -287,7 +288,7 @@ def _list_sha256(path: str) -> str:
 
 def _file_sha256(path: str) -> str:
     try:
-        with fsspec.open(path, "rb") as f:
+        with store_named(path), fsspec.open(path, "rb") as f:
             return hashlib.file_digest(cast(Any, f), "sha256").hexdigest()
     except FileNotFoundError as err:
         raise ConfigError(f"{path} does not exist; check the path of the URL list") from err

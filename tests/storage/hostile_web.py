@@ -70,6 +70,11 @@ HTML = b"<!doctype html><title>Sorry</title>"
 class _Handler(BaseHTTPRequestHandler):
     web: HostileWeb
     protocol_version = "HTTP/1.1"
+    clock_is_off_s = 0.0
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        now = time.time() if timestamp is None else timestamp
+        return super().date_time_string(now + self.clock_is_off_s)
 
     def do_GET(self) -> None:
         web = self.web
@@ -104,7 +109,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._say(410, HTML)
 
     def page_busy(self, query: dict[str, str]) -> None:
-        self._say(429, b"", {"Retry-After": query.get("s", "1")})
+        """Says when to come again; with `days` as a date, by a clock that is so many days off."""
+        wait = query.get("s", "1")
+        if "days" in query:
+            self.clock_is_off_s = 86_400.0 * int(query["days"])
+            wait = self.date_time_string(time.time() + int(wait))
+        self._say(429, b"", {"Retry-After": wait})
 
     def page_flaky(self, query: dict[str, str]) -> None:
         """Fails the first time."""

@@ -1,33 +1,30 @@
 """Thousands of rows of a hostile web: each has one outcome, the right one, and nothing is asked for that must not be.
 
-In the suite it is small. `make soak` runs the same with 100,000 rows and 50 kills, and writes what came out.
+In the suite it is small. `make soak` runs the same with 100,000 rows and 60 kills, and writes what came out.
 """
 
-import json
 import os
 import random
-import resource
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hostile_web import TRAP, HostileWeb, serve
-from test_web import processes_of, rows_of
+from intake_runs import Kills, MemoryWatch, start
+from object_store import object_store
+from test_web import rows_of
 from web_world import write_list
 
-import storage
 from storage import Lake, query
-from storage.intake.download_config import DownloadConfig
 from storage.intake.fetching.errors import is_transient
-from storage.intake.url_list import UrlListConfig
-from storage.intake.web import ingest_urls
 
 ROWS = int(os.environ.get("BOOTSTRAP_SOAK_ROWS", "160"))
 KILLS = int(os.environ.get("BOOTSTRAP_SOAK_KILLS", "3"))
+STORE_KILLS = int(os.environ.get("BOOTSTRAP_SOAK_STORE_KILLS", "2"))
 OUT = os.environ.get("BOOTSTRAP_SOAK_OUT")
 
 Page = Callable[[HostileWeb, int], str]
@@ -76,19 +73,22 @@ FAULTS: dict[str, tuple[float, str, Page]] = {
 }
 """By class of row: how frequent, its outcome, its address. Addresses that repeat end as one picture and its repeats."""
 
-CONFIG = DownloadConfig(
-    allow_addresses=("127.0.0.1/32",),
-    timeout_s=3.0,
-    request_deadline_s=4.0,
-    min_bytes_per_s=0,
-    max_image_bytes=2_000_000,
-    threads=32,
-    per_host=32,
-    shard_rows=max(20, ROWS // 100),
-    retry_passes=1,
-    retry_wait_s=0.1,
-    robots="honour",
-)
+CONFIG: dict[str, Any] = {
+    "allow_addresses": ["127.0.0.1/32"],
+    "timeout_s": 3.0,
+    "request_deadline_s": 4.0,
+    "min_bytes_per_s": 0,
+    "max_image_bytes": 2_000_000,
+    "threads": 32,
+    "per_host": 32,
+    # All rows are of one host, and what is asked for again is nearly all failures.
+    "host_failures": 1_000_000_000,
+    "shard_rows": max(20, min(1_000, ROWS // 20)),
+    "slice_rows": 25_000,
+    "retry_passes": 1,
+    "retry_wait_s": 0.1,
+    "robots": "honour",
+}
 
 
 def _rows(web: HostileWeb) -> list[tuple[str, str]]:
@@ -105,11 +105,12 @@ def test_every_row_of_a_hostile_web_has_its_outcome(tmp_path: Path) -> None:
     with serve() as web:
         web.robots = (200, "User-agent: *\nDisallow: /secret/\n")
         rows = _rows(web)
-        listed = [(url, name) for name, url in rows]
-        url_list = UrlListConfig(path=str(write_list(tmp_path / "urls.parquet", listed)))
+        path = write_list(tmp_path / "urls.parquet", [(url, name) for name, url in rows])
         lake = Lake.open(str(tmp_path / "lake"), create=True)
         began = time.monotonic()
-        ingest_urls(lake, url_list, CONFIG, round=1)
+        run = start(lake, path, CONFIG)
+        with MemoryWatch(run.pid, lake.scratch()) as memory:
+            assert run.wait() == 0
         seconds = time.monotonic() - began
         asked, trapped = Counter(web.requests), list(web.trapped)
     found = query(
@@ -120,18 +121,18 @@ def test_every_row_of_a_hostile_web_has_its_outcome(tmp_path: Path) -> None:
     for row, (name, url) in zip(found, rows, strict=True):
         outcomes[name][row["status"]] += 1
         assert row["attempts"] <= 2
-        path = "/" + url.partition("//")[2].partition("/")[2]
+        path_asked = "/" + url.partition("//")[2].partition("/")[2]
         if url.startswith(web.url("")) and row["status"] not in ("robots", "duplicate_url"):
             # A busy machine may miss an answer and ask again; never more often than it says.
-            assert row["attempts"] == asked[path], row
+            assert row["attempts"] == asked[path_asked], row
         if is_transient(row["status"], row["reason"] or ""):
             assert row["attempts"] == 2, row
+    _report(outcomes, len(rows), seconds, memory)
     wrong = {name: dict(seen) for name, seen in outcomes.items() if not _as_expected(name, seen)}
     assert not wrong
     assert trapped == []
-    assert not [path for path in asked if path.startswith("/secret")]
+    assert not [page for page in asked if page.startswith("/secret")]
     assert asked["/robots.txt"] == 1
-    _report(outcomes, len(rows), seconds)
 
 
 def _as_expected(name: str, seen: Counter[str]) -> bool:
@@ -143,20 +144,26 @@ def _as_expected(name: str, seen: Counter[str]) -> bool:
     return seen[expected] == seen.total()
 
 
-def _report(outcomes: dict[str, Counter[str]], rows: int, seconds: float) -> None:
-    """For `make soak`: what came out, as a table."""
-    if OUT is None:
-        return
-    peak = max(
-        resource.getrusage(who).ru_maxrss // 1024
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    lines = [f"{rows:,} rows in {seconds:.0f} s, {peak} MiB at most in a process.", ""]
+def _report(
+    outcomes: dict[str, Counter[str]], rows: int, seconds: float, memory: MemoryWatch
+) -> None:
+    """For `make soak`: what came out, as tables."""
+    lines = [f"{rows:,} rows in {seconds:,.0f} s: {rows / seconds:.0f} a second.", ""]
     lines += ["| row | rows | outcome |", "|---|---|---|"]
     for name, seen in outcomes.items():
         told = ", ".join(f"`{status}` {number:,}" for status, number in sorted(seen.items()))
         lines.append(f"| {name} | {seen.total():,} | {told} |")
-    Path(OUT).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines += ["", "| memory, at most | the run | a process of img2dataset |", "|---|---|---|"]
+    for fifth in range(5):
+        ours, theirs = memory.peaks(fifth / 5, (fifth + 1) / 5)
+        lines.append(f"| fifth {fifth + 1} of the time | {ours} MiB | {theirs} MiB |")
+    _tell("\n".join(lines))
+
+
+def _tell(text: str) -> None:
+    if OUT is not None:
+        with Path(OUT).open("a", encoding="utf-8") as f:
+            f.write(f"{text}\n\n")
 
 
 STEADY = (
@@ -170,13 +177,7 @@ STEADY = (
 )
 """Classes that a server answers alike however often it is asked."""
 
-SCRIPT = """
-import json, sys
-from storage import DownloadConfig, Lake, UrlListConfig, ingest_urls
-lake, urls, config = Lake.open(sys.argv[1]), UrlListConfig(path=sys.argv[2]), json.loads(sys.argv[3])
-ingest_urls(lake, urls, DownloadConfig(**config), round=1)
-"""
-STEADY_CONFIG = {
+STEADY_CONFIG: dict[str, Any] = {
     "allow_addresses": ["127.0.0.1/32"],
     "timeout_s": 5.0,
     "shard_rows": 20,
@@ -187,47 +188,64 @@ STEADY_CONFIG = {
 }
 
 
-def test_killed_again_and_again_the_tables_are_those_of_an_undisturbed_run(tmp_path: Path) -> None:
-    drawn = random.Random(11)
+@dataclass(frozen=True)
+class Undisturbed:
+    """A list of a steady web, the lake that it gave, and how long that took."""
+
+    path: Path
+    lake: Lake
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbed]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    names = random.Random(11).choices(STEADY, k=160 * max(1, KILLS // 3))
     with serve() as web:
-        names = drawn.choices(STEADY, k=160)
         listed = [(FAULTS[name][2](web, n + 100), f"{name} {n}") for n, name in enumerate(names)]
-        path = write_list(tmp_path / "urls.parquet", listed)
-        disturbed = Lake.open(str(tmp_path / "a"), create=True)
-        undisturbed = Lake.open(str(tmp_path / "b"), create=True)
+        path = write_list(folder / "urls.parquet", listed)
+        lake = Lake.open(str(folder / "lake"), create=True)
         began = time.monotonic()
-        _start(undisturbed, path).wait(300)
-        whole_s = time.monotonic() - began
-        killed = Counter[str]()
-        run = _start(disturbed, path)
-        while killed.total() < KILLS:
-            time.sleep(drawn.uniform(0.0, whole_s / 2))
-            if run.poll() is not None:
-                # It came to its end between two kills: what is left is to be gone on with as well.
-                disturbed.root.remove("rounds/0001/intake-web-00.json")
-                run = _start(disturbed, path)
-            elif drawn.random() < 0.5:
-                run.send_signal(signal.SIGKILL)
-                run.wait()
-                killed["the run"] += 1
-                run = _start(disturbed, path)
-            elif workers := processes_of(disturbed):
-                os.kill(drawn.choice(workers), signal.SIGKILL)
-                killed["a process of img2dataset"] += 1
-        assert run.wait(300) == 0
-        for table in ("pairs", "captions"):
-            assert rows_of(disturbed, table) == rows_of(undisturbed, table)
-        for shard in undisturbed.root.list_recursive("shards"):
-            assert disturbed.root.read_bytes(shard) == undisturbed.root.read_bytes(shard)
-    if OUT is not None:
-        told = ", ".join(f"{name} {number} times" for name, number in killed.items())
-        with Path(OUT).open("a", encoding="utf-8") as f:
-            f.write(f"\nKilled {killed.total()} times ({told}): the same tables and shards.\n")
+        assert start(lake, path, STEADY_CONFIG).wait() == 0
+        yield Undisturbed(path, lake, time.monotonic() - began)
 
 
-def _start(lake: Lake, path: Path) -> subprocess.Popen[bytes]:
-    home = str(Path(storage.__file__).parents[1])
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, lake.uri, str(path), json.dumps(STEADY_CONFIG)],
-        env=os.environ | {"PYTHONPATH": home},
-    )
+def test_killed_again_and_again_the_tables_are_those_of_an_undisturbed_run(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    lake, kills = Lake.open(str(tmp_path / "lake"), create=True), Kills(seed=11)
+    longest_s = 1.5 * undisturbed.seconds / KILLS
+    kills.until_enough(KILLS, lake, lake.scratch(), longest_s, undisturbed.path, STEADY_CONFIG)
+    assert_same(lake, undisturbed.lake)
+    _tell(f"On a disk, killed {kills.killed.total()} times ({kills}): the same tables and shards.")
+
+
+def test_killed_on_an_object_store_the_tables_are_those_of_an_undisturbed_run(
+    undisturbed: Undisturbed, tmp_path: Path
+) -> None:
+    kills = Kills(seed=12)
+    with object_store("bucket") as store:
+        lake = Lake.open(
+            "s3://bucket/lake",
+            create=True,
+            storage_options=store.options,
+            scratch_root=tmp_path / "scratch",
+        )
+        env = store.environment | {"BOOTSTRAP_SCRATCH": str(tmp_path / "scratch")}
+        longest_s = 1.5 * undisturbed.seconds / STORE_KILLS
+        kills.until_enough(
+            STORE_KILLS, lake, lake.scratch(), longest_s, undisturbed.path, STEADY_CONFIG, **env
+        )
+        assert_same(lake, undisturbed.lake)
+    _tell(f"On S3, killed {kills.killed.total()} times ({kills}): the same tables and shards.")
+
+
+def assert_same(lake: Lake, other: Lake) -> None:
+    """Tables and shards of two lakes are the same, wherever they are."""
+    for table in ("pairs", "captions"):
+        assert rows_of(lake, table) == rows_of(other, table)
+    shards = other.root.list_recursive("shards")
+    assert shards
+    assert lake.root.list_recursive("shards") == shards
+    for shard in shards:
+        assert lake.root.read_bytes(shard) == other.root.read_bytes(shard)

@@ -69,6 +69,8 @@ def test_a_picture_comes_as_it_was_served_and_one_byte_tells_of_it(
         ("nothing.jpg", "http_4xx: 404 Not Found"),
         ("gone.jpg", "http_4xx: 410 Gone"),
         ("busy.jpg?s=17", "http_4xx: 429 Too Many Requests, retry after 17 s"),
+        ("busy.jpg?s=17&days=-4", "http_4xx: 429 Too Many Requests, retry after 17 s"),
+        ("busy.jpg?s=17&days=4", "http_4xx: 429 Too Many Requests, retry after 17 s"),
         ("broken.jpg", "http_5xx: 503 Service Unavailable"),
         ("silent.jpg", "timeout: the server was silent for too long"),
         ("slow_headers.jpg", "too_slow: not whole after 3 s"),

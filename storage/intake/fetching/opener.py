@@ -367,11 +367,23 @@ def _http_error(err: urllib.error.HTTPError) -> FetchError:
 
 
 def _retry_after_s(headers: Message) -> float:
-    """How long a server wants to be left alone, in s (RFC 9110, section 10.2.3); 0 when it does not say."""
+    """How long a server wants to be left alone, in s (RFC 9110, section 10.2.3); 0 when it does not say.
+
+    A date is held against the server's own, where it gives one: this machine's clock may be days off.
+    """
     value = (headers.get("Retry-After") or "").strip()
     if value.isdigit():
         return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time()) if value else 0.0
-    except (ValueError, TypeError):
+    until = _timestamp(value)
+    if until is None:
         return 0.0
+    now = _timestamp(headers.get("Date") or "")
+    return max(0.0, until - (time.time() if now is None else now))
+
+
+def _timestamp(date: str) -> float | None:
+    """An HTTP date in s since the epoch; None when it is none."""
+    try:
+        return parsedate_to_datetime(date).timestamp() if date else None
+    except (ValueError, TypeError):
+        return None
