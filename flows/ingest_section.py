@@ -139,6 +139,8 @@ class IngestSettings(Section):
     """How often rows are asked for again whose failure may pass: timeouts, 5xx, 429, connections, lost rows."""
     retry_wait_s: float = Field(default=10.0, ge=0)
     """Seconds before the first of these passes, doubled before each further one."""
+    ask_again_rounds: int = Field(default=2, ge=0)
+    """In how many later rounds a row whose failure may pass is asked for again, when its list comes again."""
     per_host: int = Field(default=8, ge=1)
     """Requests at once to one host."""
     host_delay_s: float = Field(default=0.0, ge=0)

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from flows import models
 from flows.session import Run
 from flows.steps.shards import web_parts
-from storage import connect, drop_part, layout, list_parts, rounds
+from storage import (
+    PartRef,
+    committed_part,
+    connect,
+    drop_part,
+    layout,
+    list_parts,
+    part_manifest,
+    rounds,
+)
 from storage.fingerprint import explain
 from storage.rounds import RoundRecord
 
@@ -54,7 +63,8 @@ def nothing_new(run: Run) -> RoundOutcome | None:
     started_from = models.starting_model_of(run.lake, before)
     same_champion = record.champion_before == started_from.model_id
     scored = {part.name for part in list_parts(run.lake, "scores", before.round)}
-    new_web = [part for part in web_parts(run) if part.name not in scored]
+    unscored = (part for part in web_parts(run) if part.name not in scored)
+    new_web = any(_brings_something(run, part) for part in unscored)
     if not same_champion or new_web or record.settings != before.settings:
         return None
     why = (
@@ -107,8 +117,19 @@ def _ended(record: RoundRecord) -> str:
     }.get(record.status, f"round {number} was {record.status}")
 
 
+def _brings_something(run: Run, pairs: PartRef) -> bool:
+    """Whether a part has an image, or a text of one: what was asked for again may have failed again."""
+    texts = committed_part(run.lake, "captions", pairs.name, round=0)
+    parts = [pairs] if texts is None else [pairs, texts]
+    return any(part_manifest(run.lake, part).num_ok for part in parts)
+
+
 def _forget_round(run: Run) -> None:
-    """Remove the record of a round that made nothing."""
+    """Remove the record of a round that made nothing, and the rows that failed once more."""
+    own = layout.web_shards(run.round)
+    failed = [*list_parts(run.lake, "captions", 0), *list_parts(run.lake, "pairs")]
+    for part in [part for part in failed if part.name.startswith(own)]:
+        drop_part(run.lake, part)
     for part in list_parts(run.lake, "rounds", run.round):
         drop_part(run.lake, part)
     run.lake.root.remove(layout.round_dir(run.round))

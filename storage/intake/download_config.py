@@ -13,6 +13,7 @@ from storage.intake.text_rules import PLACEHOLDER, checked_rules
 
 AS_BEFORE: dict[str, Any] = {
     "texts_per_image": 1,
+    "ask_again_rounds": 0,
     "placeholder_addresses": 10,
     "repair_texts": False,
     "mask_personal": False,
@@ -76,6 +77,8 @@ class DownloadConfig:
     """How often rows are asked for again whose failure may pass: timeouts, 5xx, 429, connections, lost rows."""
     retry_wait_s: float = 10.0
     """Wait before the first of these passes, doubled before each further one."""
+    ask_again_rounds: int = 0
+    """In how many later rounds a row whose failure may pass is asked for again, when its list comes again."""
     http_proxy: str | None = None
     """Proxy for http addresses; None takes the environment's."""
     processes: int = 1
@@ -144,6 +147,7 @@ class DownloadConfig:
             "host_cool_down_s",
             "retry_passes",
             "retry_wait_s",
+            "ask_again_rounds",
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")

@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from storage import addresses, catalog, ids
+from storage.intake.fetching.errors import NO_ANSWER, TRANSIENT, TRANSIENT_4XX
 from storage.intake.purged import has_purges
 from storage.intake.url_list import ListRow, UrlListConfig, open_list
 from storage.lake import Lake
-from storage.parts_sql import rows_of
+from storage.parts_sql import quoted, rows_of
 from storage.tables import PartRef
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,14 @@ LISTED = pa.schema(
 """The last two are only filled in where something was purged, for there they are looked for."""
 
 
+_MAY_PASS = f"""(
+    status IN ({", ".join(map(quoted, TRANSIENT))})
+    OR (status = 'http_4xx' AND left(reason, 3) IN ({", ".join(map(quoted, TRANSIENT_4XX))}))
+    OR (status = 'dns' AND contains(reason, {quoted(NO_ANSWER)}))
+)"""
+"""`is_transient` in SQL."""
+
+
 class Plan:
     """Numbered rows of a list that are new to the lake, on disk."""
 
@@ -53,6 +62,12 @@ class Plan:
         self.num_rows: int = pq.read_metadata(path).num_rows
         self.num_known = num_listed - self.num_rows
         """Rows that the lake has from an earlier round."""
+
+    def num_again(self) -> int:
+        """Rows that an earlier round asked for in vain, and that are asked for again."""
+        with duckdb.connect() as con:
+            sql = "SELECT count(*) FROM read_parquet($path) WHERE is_again AND status IS NULL"
+            return int(con.execute(sql, {"path": str(self.path)}).fetchall()[0][0])
 
     def rows(self, begin: int, end: int) -> list[dict[str, Any]]:
         """Rows begin to end - 1; keep it to a shard's worth."""
@@ -92,11 +107,14 @@ def make_plan(
     config: UrlListConfig,
     earlier: list[PartRef],
     folder: Path,
+    *,
     placeholder_most: int | None = None,
+    again: int = 0,
 ) -> Plan:
     """Read the list and write its plan into `folder`; `earlier` are pairs of other rounds.
 
     A text that is found under more than `placeholder_most` addresses is a placeholder; none is when that is None.
+    What failed in an earlier round and may come another time is planned again, in so many rounds.
     """
     listed, plan = folder / "listed.parquet", folder / "plan.parquet"
     num_listed = _write_listed(config, listed, with_hosts=has_purges(lake))
@@ -104,7 +122,9 @@ def make_plan(
         con.execute(f"CREATE TEMP VIEW listed AS FROM read_parquet('{_escaped(listed)}')")
         con.execute(f"CREATE TEMP VIEW known AS {rows_of(lake, 'pairs', earlier)}")
         _find_placeholders(con, placeholder_most)
-        con.execute(files("storage").joinpath("intake", "plan.sql").read_text("utf-8"))
+        con.execute(f"CREATE TEMP MACRO may_pass(status, reason) AS {_MAY_PASS}")
+        sql = files("storage").joinpath("intake", "plan.sql").read_text("utf-8")
+        con.execute(sql, {"again": again})
         con.execute(f"COPY (FROM plan ORDER BY n) TO '{_escaped(plan)}' (FORMAT parquet)")
     made = Plan(plan, num_listed)
     listed.unlink()

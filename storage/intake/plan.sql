@@ -1,10 +1,10 @@
 -- What is to be done with each row of a URL list. Rows that the lake has from an earlier round
--- (same source, URL and text) are left out; every other row gets a number n, and a status when
--- there is nothing to fetch.
+-- (same source, URL and text) are left out, unless they failed in a way that may pass, fewer than $again
+-- times in vain since; every other row gets a number n, and a status when there is nothing to fetch.
 --
 -- Reads listed (row, key, source_name, url, fetch_url, alt_text, licence, extra, bad_text,
--- bad_url, address, host), known (key, url, status, image_id), the web pairs of other rounds, purged, and
--- placeholders (form), texts that are of no image.
+-- bad_url, address, host), known (key, url, status, reason, image_id), the web pairs of other rounds, purged,
+-- placeholders (form), texts that are of no image, and the macro may_pass(status, reason).
 -- Of a row that is not fetched because its address or its host was purged, no text is kept. A duplicate_url
 -- says which image its address had, or which row of the list is the first of it.
 CREATE TEMP TABLE plan AS
@@ -21,12 +21,19 @@ hosts AS (
     JOIN purged_hosts h ON l.host = h.host OR ends_with(l.host, '.' || h.host)
     GROUP BY l.host
 ),
+known_rows AS (
+    SELECT key,
+        count(*) FILTER (may_pass(status, reason)) AS in_vain,
+        count(*) FILTER (status <> 'duplicate_url' AND NOT may_pass(status, reason)) > 0 AS is_settled
+    FROM known GROUP BY key
+),
 news AS (
-    SELECT l.*, coalesce(a.because, h.because) AS purged_because
+    SELECT l.*, coalesce(a.because, h.because) AS purged_because, r.key IS NOT NULL AS is_again
     FROM listed l
+    LEFT JOIN known_rows r USING (key)
     LEFT JOIN purged_addresses a USING (address)
     LEFT JOIN hosts h USING (host)
-    WHERE NOT EXISTS (SELECT 1 FROM known k WHERE k.key = l.key)
+    WHERE r.key IS NULL OR (NOT r.is_settled AND r.in_vain BETWEEN 1 AND $again)
 ),
 fetchable AS (
     -- The first row of each URL is the one that is fetched.
@@ -38,6 +45,7 @@ fetchable AS (
 known_urls AS (
     SELECT url, min(image_id) FILTER (status IN ('ok', 'duplicate_image', 'duplicate_url')) AS image_id
     FROM known WHERE url IS NOT NULL GROUP BY url
+    HAVING count(*) FILTER (status <> 'duplicate_url' AND NOT may_pass(status, reason)) > 0
 )
 SELECT
     row_number() OVER (ORDER BY n.row) - 1 AS n,
@@ -61,7 +69,8 @@ SELECT
     END AS reason,
     k.image_id AS known_image,
     CASE WHEN k.url IS NULL AND f.first_row < n.row THEN f.first_row END AS first_row,
-    h.form IS NOT NULL AS is_placeholder
+    h.form IS NOT NULL AS is_placeholder,
+    n.is_again
 FROM news n
 LEFT JOIN fetchable f ON f.fetch_url = n.fetch_url
 LEFT JOIN known_urls k ON k.url = n.url

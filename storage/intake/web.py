@@ -72,7 +72,8 @@ def ingest_urls(
     """Bring a list of URLs into the lake as this round's; its pairs parts, then its captions parts.
 
     `position` tells the lists of a round apart, from 0. Rows that the lake has from an earlier
-    list or round are skipped; with nothing new the answer is [].
+    list or round are skipped, unless they failed in a way that may pass (`ask_again_rounds`); with nothing new the
+    answer is [].
     Raises MissingColumn, EmptyInput (an empty list, or no image in the whole lake afterwards),
     StaleOutput (this round took in something else), IntakeError, StorageFull.
     """
@@ -84,9 +85,18 @@ def ingest_urls(
     intake.drop_outdated()
     folder = lake.scratch("ingest", fingerprint_of(intake.basis))
     with disk_watched(lake, layout.WORK):
-        plan = make_plan(lake, url_list, intake.earlier, folder, config.placeholder_most)
+        plan = make_plan(
+            lake,
+            url_list,
+            intake.earlier,
+            folder,
+            placeholder_most=config.placeholder_most,
+            again=config.ask_again_rounds,
+        )
         parts = intake.run(plan, folder, on_progress)
-    if _num_ok(lake, parts) == 0 and (_num_asked(lake, parts) or not intake.earlier):
+    # What failed before may well fail again.
+    num_new = _num_asked(lake, parts) - plan.num_again()
+    if _num_ok(lake, parts) == 0 and (num_new > 0 or not intake.earlier):
         raise EmptyInput(
             f"{url_list.path}: none of its {plan.num_rows} URLs gave an image "
             f"({_outcomes(lake, parts)}); check the network, the proxy and the list, then run the "

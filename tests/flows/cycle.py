@@ -70,6 +70,7 @@ def tiny_settings(lake: Path, world: Path, **changes: Any) -> dict[str, Any]:
             "retry_passes": 0,
             "eval_overlap": "keep",
             "recheck_within_rounds": None,
+            "ask_again_rounds": 0,
             "texts_per_image": 1,
         },
         "model": {"preset": "tiny", "tokenizer": "train", "vocab_size": 200},

@@ -22,11 +22,14 @@ def parsed(line: str) -> tuple[str, str] | None:
 def is_transient(status: str, reason: str) -> bool:
     """Whether the same URL may give an image when it is asked again."""
     if status == "http_4xx":
-        return reason[:3] in ("408", "425", "429")
+        return reason[:3] in TRANSIENT_4XX
     if status == "dns":
         return NO_ANSWER in reason
-    return status in ("timeout", "connect", "http_5xx", "too_slow", "lost")
+    return status in TRANSIENT
 
+
+TRANSIENT = ("timeout", "connect", "http_5xx", "too_slow", "lost")
+TRANSIENT_4XX = ("408", "425", "429")
 
 NO_ANSWER = "name servers gave no answer"
 """In the reason of a `dns` failure that says nothing of the name itself."""
