@@ -26,8 +26,13 @@ DUPLICATES = ("duplicate_url", "duplicate_image")
 class WebTexts:
     """The rows of `captions` that the rows of a part of `pairs` give, part after part."""
 
-    def __init__(self, config: DownloadConfig, images: StoredImages, purged: PurgedImages) -> None:
-        """`images` are those of the parts before, whenever asked. Raises ConfigError as `Cleaner` does."""
+    def __init__(
+        self, config: DownloadConfig, images: StoredImages, purged: PurgedImages | None = None
+    ) -> None:
+        """`images` are those of the parts before, whenever asked. Raises ConfigError as `Cleaner` does.
+
+        `purged` is needed where a row may be taken for another by its address, without a look at its picture.
+        """
         self._images, self._purged = images, purged
         self._most = config.texts_per_image
         self._cleaner = Cleaner(config)
@@ -53,7 +58,7 @@ class WebTexts:
                 )
             if image_id is None:
                 continue
-            gone = self._purged.outcome(image_id)
+            gone = self._purged.outcome(image_id) if self._purged else None
             if gone is not None:
                 pair |= gone
                 by_row[pair["row"]] = pair
