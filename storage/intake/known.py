@@ -66,13 +66,12 @@ class KnownImages:
 
     def remember(self, pairs: PartRef, texts: PartRef | None, *, own: bool) -> None:
         """Add the images of a committed part of pairs, with the captions that it gave; `own` if it is of this list."""
-        columns = ["image_id", "status", "key", *(["looks"] if self._finds_near else [])]
+        columns = ["image_id", "status", "key", "row", "shard", "offset", "size"]
+        columns += ["looks"] if self._finds_near else []
         captions: dict[str, list[str]] = {}
-        if self._unites:
-            columns += ["row", "shard", "offset", "size"]
-            if texts is not None:
-                rows = read_part(self._lake, texts, ["caption_id", "image_id", "status"])
-                captions = texts_by_image(rows.to_pylist())
+        if self._unites and texts is not None:
+            rows = read_part(self._lake, texts, ["caption_id", "image_id", "status"])
+            captions = texts_by_image(rows.to_pylist())
         for batch in iter_part(self._lake, pairs, columns):
             rows_of_batch = batch.to_pylist()
             self.images.add(rows_of_batch, captions, own=own)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from storage.schemas import OK
+from storage.schemas import OK, PURGED_STATUS
 
 _ID_BYTES = 16
 _REFUSED = ("near_duplicate", "eval_overlap")
@@ -104,7 +104,7 @@ class StoredImages:
                 where = (pair.get("shard"), pair.get("offset"), pair.get("size"))
                 joined = _joined(texts.pop(pair["image_id"], []))
                 images.append((image_id, pair["key"], *where, joined))
-            if own and pair.get("shard") is not None:
+            if own and (pair.get("shard") is not None or pair["status"] == PURGED_STATUS):
                 listed.append((pair["row"], image_id))
         self._db.executemany("INSERT OR IGNORE INTO image VALUES (?, ?, ?, ?, ?, ?)", images)
         self._db.executemany("INSERT OR IGNORE INTO listed VALUES (?, ?)", listed)

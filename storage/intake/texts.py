@@ -11,8 +11,9 @@ from typing import Any
 from storage import ids
 from storage.intake.cleaning import Cleaner
 from storage.intake.download_config import DownloadConfig
+from storage.intake.purged import PurgedImages
 from storage.intake.stored import StoredImages
-from storage.schemas import OK
+from storage.schemas import OK, PURGED_STATUS
 from storage.tables import Counts
 
 REPEATED = "repeated"
@@ -26,9 +27,14 @@ DUPLICATES = ("duplicate_url", "duplicate_image")
 class WebTexts:
     """The rows of `captions` that the rows of a part of `pairs` give, part after part."""
 
-    def __init__(self, config: DownloadConfig, images: StoredImages) -> None:
-        """`images` are those of the parts before, whenever asked. Raises ConfigError as `Cleaner` does."""
-        self._images = images
+    def __init__(
+        self, config: DownloadConfig, images: StoredImages, purged: PurgedImages | None = None
+    ) -> None:
+        """`images` are those of the parts before, whenever asked. Raises ConfigError as `Cleaner` does.
+
+        `purged` is needed where a row may be taken for another by its address, without a look at its picture.
+        """
+        self._images, self._purged = images, purged
         self._most = config.texts_per_image
         self._cleaner = Cleaner(config)
 
@@ -36,22 +42,29 @@ class WebTexts:
         """Let duplicates among `pairs` name the image that they show, and where it lies.
 
         `planned` are the same rows as the plan has them. Pairs that are ok have their places already. A picture that is
-        not stored, since it is refused or was purged, has no place, and its texts go no further.
+        refused has none, and its texts go no further; what is said of one that was purged is not even kept.
         """
-        if self._most == 1:
-            return
         by_row: dict[int, dict[str, Any]] = {}
         by_image = {pair["image_id"]: pair for pair in pairs if pair["status"] == OK}
         for pair, plan in zip(pairs, planned, strict=True):
-            if pair["status"] == OK:
+            if pair["status"] in (OK, PURGED_STATUS):
                 by_row[pair["row"]] = pair
             if pair["status"] not in DUPLICATES:
                 continue
             image_id = pair.get("image_id") or plan["known_image"]
             if image_id is None and plan["first_row"] is not None:
                 first = by_row.get(plan["first_row"])
-                image_id = first["image_id"] if first else self._images.of_row(plan["first_row"])
+                image_id = (
+                    first.get("image_id") if first else self._images.of_row(plan["first_row"])
+                )
             if image_id is None:
+                continue
+            gone = self._purged.outcome(image_id) if self._purged else None
+            if gone is not None:
+                pair |= gone
+                by_row[pair["row"]] = pair
+                continue
+            if self._most == 1:
                 continue
             here, there = by_image.get(image_id), self._images.place(image_id)
             if here is not None:

@@ -152,7 +152,7 @@ class _Intake:
             PurgedImages(self.lake, folder) as purged,
             HostServer(self.config.host_rules, patience_s=self.config.turn_patience_s) as hosts,
         ):
-            self._texts = WebTexts(self.config, known.images)
+            self._texts = WebTexts(self.config, known.images, purged)
             for ref in self.earlier:
                 texts = committed_part(self.lake, "captions", ref.name, round=0)
                 known.remember(ref, texts, own=False)

@@ -64,3 +64,29 @@ def test_alike_counts_what_it_finds(tmp_path: Path) -> None:
     assert len(changes) == 12
     assert all(line["pictures"] == 13 and line["recall"] > 0.5 for line in changes)
     assert (pairs["pairs"], pairs["hits"], pairs["such as"]) == (78, 1, [["copy.jpg", "11.jpg"]])
+
+
+def test_alt_texts_are_counted_by_rule(tmp_path: Path) -> None:
+    texts, english = tmp_path / "texts.txt", tmp_path / "english.txt"
+    texts.write_text(
+        "DSC_1.JPG\na@b.example\nZwei Hunde spielen mit einem Ball am Strand\n\nx &amp; y z\n"
+    )
+    english.write_text("two dogs playing with a ball on the beach\n")
+    out = tmp_path / "lines.json"
+    subprocess.run(
+        [
+            *(sys.executable, str(FOLDER / "alt_texts.py"), "--texts", str(texts)),
+            *("--english", str(english), "--rows", "7000", "--images", "2000", "--json", str(out)),
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    remembered, *rules, taken, placeholders = json.loads(out.read_text())
+    met = {line["rule"]: line["meet it"] for line in rules}
+    assert (met["file_name"], met["e_mail"], met["language, [en]"], met["phone"]) == (1, 1, 1, 0)
+    assert (met["masked"], met["repaired"]) == (1, 1)
+    assert all(line["us"] > 0 for line in rules)
+    assert taken == {"english texts": 1, "taken for another language": 0}
+    assert (placeholders["rows"], placeholders["placeholders"]) == (7000, 7)
+    assert remembered["images"] == 2000
+    assert remembered["us to look one up"] > 0

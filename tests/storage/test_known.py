@@ -14,6 +14,7 @@ from storage import (
     query,
 )
 from storage.canaries import CanaryDraw, draw_canaries
+from storage.tables import drop_part
 
 PAGES = [
     "photo1.jpg",
@@ -113,3 +114,19 @@ def test_what_looks_alike_is_kept_when_asked(tmp_path: Path, pictures: PictureSe
     lake = _lake(tmp_path, "heldout", [1, 3])
     found = _statuses(lake, tmp_path, pictures, eval_overlap="keep")
     assert found == ["ok", "ok", "ok", "ok", "ok", "ok", "duplicate_image", "ok"]
+
+
+def test_a_shard_that_is_made_again_finds_the_same_copies_of_what_was_refused(
+    tmp_path: Path, pictures: PictureServer
+) -> None:
+    lake = Lake.open(str(tmp_path / "lake"), create=True)
+    rows = [(name, name) for name in ("photo1.jpg", "copy1.jpg", "copy1.jpg?again", "photo2.jpg")]
+    path = write_list(tmp_path / "urls.parquet", rows, host="again.test")
+    config = download_config(pictures, near_duplicates="drop", shard_rows=1)
+    parts = ingest_urls(lake, UrlListConfig(path=str(path)), config, round=1)
+    expected = ["ok", "near_duplicate", "duplicate_image", "ok"]
+    asked = 'SELECT status FROM pairs ORDER BY "row"'
+    assert [row["status"] for row in query(lake, asked).to_pylist()] == expected
+    drop_part(lake, parts[2])
+    ingest_urls(lake, UrlListConfig(path=str(path)), config, round=1)
+    assert [row["status"] for row in query(lake, asked).to_pylist()] == expected

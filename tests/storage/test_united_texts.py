@@ -242,7 +242,9 @@ def test_a_purge_takes_the_texts_of_every_row_of_an_image(
     assert _texts(lake, 52) == ["a late text"]
     # Found, not made again; and a later list brings no text of it.
     _ingested(tmp_path, pictures, ROWS, lake=lake)
-    _ingested(
-        tmp_path, pictures, [("ok50.jpg?late", "late"), ("ok55.jpg", "b")], round=2, lake=lake
-    )
+    late = [("ok50.jpg?late", f"late {n}") for n in range(5)]
+    rows = [late[0], ("ok55.jpg", "b"), *late[1:]]
+    _ingested(tmp_path, pictures, rows, round=2, lake=lake)
     assert _texts(lake, 50) == []
+    found = query(lake, "SELECT status, alt_text FROM pairs WHERE url LIKE '%late'").to_pylist()
+    assert found == [{"status": "purged", "alt_text": None}] * 5
