@@ -1,6 +1,6 @@
 """Intake with all checks on against plain img2dataset, on the same list from the same local server.
 
-    python benchmarks/intake.py [--quick] [--json PATH] [--rows 10000] [--threads 32] [--hosts 50]
+    python benchmarks/intake.py [--quick] [--json PATH] [--rows 10000] [--threads 32] [--hosts 50] [--slice-rows N]
 
 A server in a process of its own hands out JPEGs of 256 px, each with bytes of its own, and a robots.txt. The list names
 `--hosts` hosts, which all are that server (as a proxy), so that turns and robots.txt count as they do on the web. By turns:
@@ -9,7 +9,8 @@ A server in a process of its own hands out JPEGs of 256 px, each with bytes of i
     fetch      the same without what ours does beside img2dataset: the run of img2dataset under our supervision alone
     no checks  ours without robots.txt and with more turns at a host than there are threads
 
-Ratios are images a second, ours over theirs. Peak memory is that of the largest process, at `--rows` and at a fourth.
+Ratios are images a second, ours over theirs. Peak memory is that of the largest process, at `--rows` and at a fourth. With
+`--slice-rows` below `--rows` a slice is packed while the next one is fetched. What each check costs: `intake_checks.py`.
 """
 
 import argparse
@@ -41,8 +42,8 @@ SIDE_PX = 256
 SHARD_ROWS = 1000
 
 
-def serve() -> None:
-    """Answer as a forward proxy until the parent ends; the port goes to standard output."""
+def pictures() -> list[bytes]:
+    """A hundred JPEGs."""
     drawn = np.random.default_rng(0)
     bodies = []
     for _ in range(100):
@@ -50,6 +51,12 @@ def serve() -> None:
         data = io.BytesIO()
         smooth.resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC).save(data, "JPEG", quality=90)
         bodies.append(data.getvalue())
+    return bodies
+
+
+def serve() -> None:
+    """Answer as a forward proxy until the parent ends; the port goes to standard output."""
+    bodies = pictures()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -166,7 +173,7 @@ WAYS: dict[str, Callable[[Path, Path, str, DownloadConfig], int]] = {
 }
 
 
-def config_of(way: str, proxy: str, threads: int) -> DownloadConfig:
+def config_of(way: str, proxy: str, threads: int, slice_rows: int) -> DownloadConfig:
     """The settings of one way; `plain` reads of them what it has."""
     given: dict[str, Any] = {"robots": "ignore", "per_host": threads} if way == "no checks" else {}
     return DownloadConfig(
@@ -174,25 +181,28 @@ def config_of(way: str, proxy: str, threads: int) -> DownloadConfig:
         image_size_px=SIDE_PX,
         threads=threads,
         shard_rows=SHARD_ROWS,
+        slice_rows=slice_rows,
         **given,
     )
 
 
-def measured(way: str, rows: int, hosts: int, threads: int, proxy: str) -> dict[str, float]:
+def measured(
+    way: str, rows: int, hosts: int, threads: int, proxy: str, slice_rows: int = 1_000_000
+) -> dict[str, float]:
     """One run in a process of its own: seconds, CPU seconds and the largest process's peak memory in MiB."""
-    asked = [way, str(rows), str(hosts), str(threads), proxy]
+    asked = [way, str(rows), str(hosts), str(threads), str(slice_rows), proxy]
     done = subprocess.run(
         [sys.executable, __file__, "--one", *asked], stdout=subprocess.PIPE, text=True, check=True
     )
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def _one(way: str, rows: int, hosts: int, threads: int, proxy: str) -> None:
+def _one(way: str, rows: int, hosts: int, threads: int, slice_rows: int, proxy: str) -> None:
     with tempfile.TemporaryDirectory(prefix="intake-") as name:
         folder = Path(name)
         urls = write_list(folder / "urls.parquet", rows, hosts)
         began = time.perf_counter()
-        images = WAYS[way](urls, folder, proxy, config_of(way, proxy, threads))
+        images = WAYS[way](urls, folder, proxy, config_of(way, proxy, threads, slice_rows))
         seconds = time.perf_counter() - began
     if images != rows:
         raise SystemExit(f"{way}: {images} of {rows} images came; the figures would mean nothing")
@@ -231,7 +241,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=32)
     parser.add_argument("--hosts", type=int, default=50)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--slice-rows", type=int, default=1_000_000)
+    parser.add_argument("--one", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
         serve()
@@ -243,10 +254,11 @@ def main() -> None:
     rounds = options.rounds or (1 if options.quick else 3)
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     with served() as proxy:
+        how = (options.hosts, options.threads, proxy, options.slice_rows)
         for _ in range(rounds):
             for way in WAYS:
-                found[way].append(measured(way, rows, options.hosts, options.threads, proxy))
-        small = measured("whole", max(rows // 4, 1), options.hosts, options.threads, proxy)
+                found[way].append(measured(way, rows, *how))
+        small = measured("whole", max(rows // 4, 1), *how)
     lines = lines_of(rows, found)
     large = median(each["peak_mib"] for each in found["whole"])
     lines.append(

@@ -38,7 +38,22 @@ def test_intake_refuses_figures_when_images_are_missing(
 ) -> None:
     monkeypatch.setitem(intake.WAYS, "whole", lambda *a: 29)
     with pytest.raises(SystemExit, match="29 of 30 images came"):
-        intake._one("whole", 30, 3, 4, "http://127.0.0.1:9")
+        intake._one("whole", 30, 3, 4, 1000, "http://127.0.0.1:9")
+
+
+def test_each_check_has_its_price(tmp_path: Path) -> None:
+    out = tmp_path / "lines.json"
+    subprocess.run(
+        [
+            *(sys.executable, str(FOLDER / "intake_checks.py")),
+            *("--images", "20", "--known", "500", "--json", str(out)),
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    lines = json.loads(out.read_text())
+    assert len({line["check"] for line in lines}) == 9
+    assert all(line["us a picture"] > 0 for line in lines)
 
 
 def test_alike_counts_what_it_finds(tmp_path: Path) -> None:
