@@ -14,6 +14,7 @@ import pytest
 import s3fs
 from hostile_web import HostileWeb, serve
 from object_store import CREDENTIALS, ObjectStore, object_store
+from test_adopting import image_set, tars
 from test_faults import assert_same
 from test_lake import HOLDER
 from web_world import jpeg, write_list
@@ -30,6 +31,7 @@ from storage.errors import (
     TransientError,
 )
 from storage.fingerprint import basis_of
+from storage.intake.adopting.adopt import adopt_images
 from storage.intake.download_config import DownloadConfig
 from storage.intake.url_list import UrlListConfig, open_table
 from storage.intake.web import ingest_urls
@@ -100,6 +102,28 @@ def test_intake_gives_the_lake_that_a_disk_gets(both: TwoLakes) -> None:
     funnel = "SELECT stage, outcome, rows FROM funnel ORDER BY ALL"
     assert query(both.lake, funnel) == query(both.on_disk, funnel)
     assert write_catalog(both.lake) is None
+
+
+def test_tars_and_lists_on_the_store_are_taken_in(
+    store: ObjectStore, web: HostileWeb, tmp_path: Path
+) -> None:
+    fs = s3fs.S3FileSystem(**store.options)
+    for path in tars(tmp_path / "set", num=2).iterdir():
+        fs.put_file(str(path), f"bucket/sets/mine/{path.name}")
+    pages = [("ok.jpg?n=900", "nine hundred"), ("ok.jpg?n=901", "nine hundred and one")]
+    listed = write_list(tmp_path / "urls.parquet", [(web.url(page), text) for page, text in pages])
+    fs.put_file(str(listed), "bucket/lists/part-0.parquet")
+    lake = Lake.open(str(tmp_path / "lake"), create=True)
+    config = DownloadConfig(allow_addresses=("127.0.0.1/32",), retry_passes=0)
+    adopt_images(lake, image_set("s3://bucket/sets/mine"), config, round=1)
+    ingest_urls(lake, UrlListConfig(path="s3://bucket/lists/part-*.parquet"), config, round=1)
+    pairs = query(lake, "FROM pairs WHERE status = 'ok'").to_pylist()
+    assert sorted(pair["source_name"] for pair in pairs) == ["mine"] * 8 + ["web"] * 2
+    for pair in pairs:
+        where = (pair["shard"], pair["offset"], pair["size"])
+        assert len(read_verified_image(lake, *where, pair["image_id"])) == pair["size"]
+    with pytest.raises(LakeNotFound, match=r"s3://nowhere/set.*no such bucket"):
+        adopt_images(lake, image_set("s3://nowhere/set"), config, round=2)
 
 
 def test_images_are_read_by_their_ranges(both: TwoLakes) -> None:
