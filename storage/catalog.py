@@ -91,6 +91,9 @@ def create_views(con: duckdb.DuckDBPyConnection, lake: Lake, *, as_of: int | Non
         if as_of is not None:
             parts[table] = [ref for ref in parts[table] if not _is_later(ref, as_of)]
         con.execute(f"CREATE OR REPLACE VIEW {name} AS {rows_of(lake, table, parts[table])}")
+    con.execute(
+        f"CREATE OR REPLACE VIEW brought_later AS {_brought_later(lake, parts['captions'])}"
+    )
     active = _active_parts(lake, parts["decisions"])
     con.execute(f"CREATE OR REPLACE VIEW active_policies AS {_active_policies(lake, active)}")
     counting = rows_of(lake, "decisions", list(active.values()))
@@ -288,6 +291,15 @@ def _is_later(ref: PartRef, round: int) -> bool:
     """Whether a part was made by a round after `round`, or from web pairs that one took in."""
     of_web = ref.table in ("pairs", "captions", "scores") and ref.name.startswith("web-")
     return (ref.round or 0) > round or (of_web and ref.name >= layout.web_shards(round + 1))
+
+
+def _brought_later(lake: Lake, captions: list[PartRef]) -> str:
+    """SQL of (caption_id, round): web texts that a round after the first brought, some of images that it had."""
+    first = layout.web_shards(2)
+    later = [ref for ref in captions if ref.name >= first and ref.name.startswith("web-")]
+    texts = rows_of(lake, "captions", [ref for ref in later if ref.round == 0], named=True)
+    number = "CAST(regexp_extract(part, 'web-([0-9]+)-[^/]*$', 1) AS INTEGER)"
+    return f"SELECT caption_id, {number} AS round FROM ({texts}) WHERE status = 'ok'"
 
 
 def _active_parts(lake: Lake, parts: list[PartRef]) -> dict[int, PartRef]:

@@ -15,6 +15,7 @@ from storage.generations import active_generation
 HUMAN_SQL = "SELECT DISTINCT image_id, caption, source FROM human"
 FIRST_ROUND_SQL = f"""
     SELECT DISTINCT image_id, caption, source FROM raw WHERE shard < '{layout.web_shards(2)}'
+    AND caption_id NOT IN (SELECT caption_id FROM brought_later)
     UNION ALL {HUMAN_SQL}
 """
 

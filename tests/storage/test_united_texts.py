@@ -131,6 +131,15 @@ def test_a_later_list_adds_texts_to_images_of_an_earlier_one(
     assert _texts(lake, 50, "repeated") == ["the cat of a neighbour"]
     assert _texts(lake, 50, "too_many_texts") == ["one too many"]
     assert {ref.path: part_manifest(lake, ref).sha256 for ref in first} == before
+    later = query(
+        lake, "SELECT b.round, caption FROM brought_later b JOIN captions USING (caption_id)"
+    )
+    assert sorted((row["round"], row["caption"]) for row in later.to_pylist()) == [
+        (2, "a horse"),
+        (2, "eine Katze"),
+        (2, "gata"),
+        # By its id: the same words again have that of the first.
+    ]
     # A list of nothing but texts is no failure, and a third round knows what the second brought.
     _ingested(
         tmp_path, pictures, [("ok50.jpg?3", "gata"), ("ok54.jpg", "cavallo")], round=3, lake=lake
