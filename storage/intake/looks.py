@@ -70,11 +70,9 @@ def looks_of(image: Image.Image) -> Looks:
     small = _rgb(image).resize((SIDE, SIDE), Image.Resampling.BOX)
     grey = small.convert("L")
     boxes = _boxes(np.asarray(grey, np.float32))
-    box_resized = Image.Resampling.BOX
-    fields = np.stack([np.asarray(grey.resize((9, 8), box_resized, box=box)) for box in boxes])
-    form_size = (_DCT_SIDE, _DCT_SIDE)
-    forms = np.stack([np.asarray(grey.resize(form_size, box_resized, box=box)) for box in boxes])
-    colours = [np.asarray(small.resize((2, 2), box_resized, box=box)).ravel() for box in boxes]
+    fields = _views(grey, boxes, (9, 8))
+    forms = _views(grey, boxes, (_DCT_SIDE, _DCT_SIDE))
+    colours = _views(small, boxes, (2, 2)).reshape(VIEWS, 12)
     basis = _dct_basis()
     # The lowest frequency is the mean brightness.
     low = (basis @ forms.astype(np.float32) @ basis.T).reshape(VIEWS, -1)[:, 1:65]
@@ -82,7 +80,7 @@ def looks_of(image: Image.Image) -> Looks:
     return Looks(
         _packed((fields[:, :, 1:] > fields[:, :, :-1]).reshape(VIEWS, 64)),
         _packed(low > middle),
-        np.stack(colours),
+        colours,
     )
 
 
@@ -91,6 +89,19 @@ def are_alike(a: Looks, view_of_a: int, b: Looks, view_of_b: int) -> bool:
     form_bits = int(np.bitwise_count(a.forms[view_of_a] ^ b.forms[view_of_b]))
     steps = np.abs(a.colours[view_of_a].astype(int) - b.colours[view_of_b].astype(int)).mean()
     return form_bits <= FORM_BITS and float(steps) <= COLOUR_STEPS
+
+
+def _views(
+    image: Image.Image, boxes: list[tuple[float, float, float, float]], size: tuple[int, int]
+) -> np.ndarray:
+    """(VIEWS, height, width, ...) uint8: boxes of a picture, each at a size."""
+    width, height = size
+    # One above the other, for to leave Pillow once costs less than to leave it for each.
+    column = Image.new(image.mode, (width, height * VIEWS))
+    for number, box in enumerate(boxes):
+        column.paste(image.resize(size, Image.Resampling.BOX, box=box), (0, number * height))
+    pixels = np.asarray(column)
+    return pixels.reshape(VIEWS, height, *pixels.shape[1:])
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -106,18 +117,20 @@ def _boxes(grey: np.ndarray) -> list[tuple[float, float, float, float]]:
     first, last = _BAR
     foot = first + int(np.argmax(steps[first - 1 : last - 1]))
     head = SIDE - last + 1 + int(np.argmax(steps[SIDE - last : SIDE - first]))
+    is_plain = grey.std(axis=1) < _PLAIN
     return [
         (0, 0, SIDE, SIDE),
-        _without_frame(grey, 0, SIDE),
+        _without_frame(grey, is_plain, 0, SIDE),
         (cut, cut, SIDE - cut, SIDE - cut),
-        _without_frame(grey, 0, foot),
-        _without_frame(grey, head, SIDE),
+        _without_frame(grey, is_plain, 0, foot),
+        _without_frame(grey, is_plain, head, SIDE),
     ]
 
 
-def _without_frame(grey: np.ndarray, top: int, bottom: int) -> tuple[int, int, int, int]:
-    inner = grey[top:bottom]
-    rows, columns = inner.std(axis=1) < _PLAIN, inner.std(axis=0) < _PLAIN
+def _without_frame(
+    grey: np.ndarray, is_plain: np.ndarray, top: int, bottom: int
+) -> tuple[int, int, int, int]:
+    rows, columns = is_plain[top:bottom], grey[top:bottom].std(axis=0) < _PLAIN
     above, below = _frame(rows), _frame(rows[::-1])
     left, right = _frame(columns), _frame(columns[::-1])
     return left, top + above, SIDE - right, bottom - below

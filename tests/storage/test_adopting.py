@@ -118,7 +118,7 @@ def test_what_img2dataset_made_is_taken_in_with_its_failures(
         "noai.jpg",
     ]
     rows = [(name, f"text of {name}") for name in names] + [("http://nowhere.invalid/", "no host")]
-    urls = write_list(tmp_path / "urls.parquet", rows)
+    urls = write_list(tmp_path / "urls.parquet", rows, host="adopted.test")
     proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY"), pictures.proxy)
     asked = {
         "url_list": urls,
@@ -358,7 +358,8 @@ def test_a_list_and_a_set_know_each_others_pictures(
     )
     adopt_images(local_lake, image_set(folder), CONFIG, round=1)
     assert [pair["status"] for pair in pairs_of(local_lake)] == ["eval_overlap", "ok"]
-    urls = write_list(tmp_path / "urls.parquet", [("ok2.jpg", "two"), ("ok3.jpg", "three")])
+    rows = [("ok2.jpg", "two"), ("ok3.jpg", "three")]
+    urls = write_list(tmp_path / "urls.parquet", rows, host="adopted.test")
     config = replace(CONFIG, http_proxy=pictures.proxy, robots="ignore", retry_passes=0, threads=2)
     ingest_urls(local_lake, UrlListConfig(path=str(urls)), config, round=2)
     listed = [pair["status"] for pair in pairs_of(local_lake) if pair["source_name"] == "web"]

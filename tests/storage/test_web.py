@@ -332,8 +332,9 @@ def test_later_round_adds_what_is_new(tmp_path: Path, pictures: PictureServer) -
 def test_the_next_slice_is_fetched_while_one_is_packed_and_ends_with_an_error(
     pictures: PictureServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [(f"ok{i}.jpg?slice", f"picture {i}") for i in range(40, 60)]
-    url_list = UrlListConfig(path=str(write_list(tmp_path / "urls.parquet", rows)))
+    rows = [(f"ok{i}.jpg", f"picture {i}") for i in range(40, 60)]
+    listed = write_list(tmp_path / "urls.parquet", rows, host="slices.test")
+    url_list = UrlListConfig(path=str(listed))
     lake = Lake.open(str(tmp_path / "lake"), create=True)
     config = download_config(pictures, shard_rows=5, slice_rows=5, threads=1)
     packed = web._Intake._part
@@ -341,7 +342,7 @@ def test_the_next_slice_is_fetched_while_one_is_packed_and_ends_with_an_error(
     def part(self: web._Intake, plan: Plan, index: int, *rest: Any) -> Any:
         if index == 1:
             until = time.monotonic() + 60
-            while not any(pictures.requests[f"http://pictures.test/{row}"] for row, _ in rows[10:]):
+            while not any(pictures.requests[f"http://slices.test/{row}"] for row, _ in rows[10:]):
                 assert time.monotonic() < until, "nothing of the third slice was asked for"
                 time.sleep(0.02)
             raise RuntimeError("packing broke")

@@ -22,7 +22,7 @@ from storage.intake.adopting.opened import Files, OpenedSet, open_set
 from storage.intake.download_config import DownloadConfig
 from storage.intake.judged import safe_rows
 from storage.intake.known import KnownImages
-from storage.intake.looking import OF_THE_IMAGE, Looked, ahead, inspected
+from storage.intake.looking import OF_THE_IMAGE, SMALL_BYTES, Looked, ahead, inspected
 from storage.intake.purged import PurgedImages
 from storage.intake.records import IntakeRecord, finished_intake, remember_intake
 from storage.intake.seen import SeenImages
@@ -221,7 +221,8 @@ class _Adoption:
         coming: deque[Found] = deque()
 
         def in_order() -> Iterator[Looked]:
-            for looked, found in ahead(self._look, self._unknown(self.opened.rows(file))):
+            found_rows = self._unknown(self.opened.rows(file))
+            for looked, found in ahead(self._look, found_rows, _num_bytes):
                 coming.append(found)
                 yield looked
 
@@ -321,6 +322,11 @@ class _Adoption:
             self._rows.add_all(
                 (row["key"] for row in rows if row["source_name"] == own), pairs.name
             )
+
+
+def _num_bytes(found: Found) -> int:
+    """Of the picture; a file, which is still to be read, counts as large."""
+    return len(found.image or b"") if found.file is None else SMALL_BYTES + 1
 
 
 def _num_ok(lake: Lake, ref: PartRef) -> int:
