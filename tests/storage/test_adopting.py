@@ -22,6 +22,7 @@ import storage
 from storage.adopted import place_of
 from storage.catalog import query
 from storage.errors import ConfigError, CorruptShard, EmptyInput, MissingColumn, StaleOutput
+from storage.fs import Root
 from storage.intake.adopting.adopt import adopt_images
 from storage.intake.adopting.image_set import ImageSetConfig
 from storage.intake.download_config import DownloadConfig
@@ -298,13 +299,36 @@ def test_a_set_may_lie_on_another_store_or_be_named_by_a_pattern(
 ) -> None:
     folder = tars(tmp_path / "set")
     remote = f"memory://{tmp_path.name}-set"
-    root = storage.adopted.Root(remote)
+    root = Root(remote)
     for path in folder.iterdir():
         root.write_bytes(f"deep/{path.name}", path.read_bytes())
     adopt_images(lake, image_set(f"{remote}/deep/0000[01].tar"), CONFIG, round=1)
     assert len(pairs_of(lake)) == 8
     adopt_images(lake, image_set(f"{remote}/deep/00002.tar"), CONFIG, round=1, position=1)
     assert len(pairs_of(lake)) == 12
+    assert_readable(lake)
+
+
+def test_parquet_files_on_another_store_are_read_there(lake: Lake, tmp_path: Path) -> None:
+    root = Root(f"memory://{tmp_path.name}-data")
+    whole = io.BytesIO()
+    pq.write_table(hf_rows(0, 6), whole)
+    root.write_bytes("train.parquet", whole.getvalue())
+    adopt_images(lake, image_set(root.uri), CONFIG, round=1)
+    assert [pair["status"] for pair in pairs_of(lake)] == ["ok"] * 5 + ["lost"]
+    write_tar(tmp_path / "0.tar", [("00.jpg", jpeg(50)), ("01.jpg", jpeg(51))])
+    rows = {"key": ["00", "01", "02"], "status": ["success", "success", "failed_to_download"]}
+    rows |= {"caption": ["a", "b", "c"], "url": ["http://a/0", "http://a/1", "http://a/2"]}
+    rows |= {"error_message": [None, None, "<urlopen error timed out>"]}
+    statistics = io.BytesIO()
+    pq.write_table(pa.table(rows), statistics)
+    other = Root(f"memory://{tmp_path.name}-tars")
+    other.write_bytes("0.tar", (tmp_path / "0.tar").read_bytes())
+    other.write_bytes("0.parquet", statistics.getvalue())
+    adopt_images(lake, image_set(other.uri, name="tars"), CONFIG, round=1, position=1)
+    found = [pair for pair in pairs_of(lake) if pair["source_name"] == "tars"]
+    assert [pair["status"] for pair in found] == ["ok", "ok", "timeout"]
+    assert captions_of(lake)["b"] == 1
     assert_readable(lake)
 
 
@@ -322,6 +346,10 @@ def test_a_set_that_is_not_there_or_of_no_shape_is_refused(lake: Lake, tmp_path:
     write_tar(tmp_path / "pages/0.tar", [("0.jpg", b"<html>"), ("1.jpg", b"<html>")])
     with pytest.raises(EmptyInput, match="not_an_image 2"):
         adopt_images(lake, image_set(tmp_path / "pages"), CONFIG, round=1)
+    # Another path is no change of something that gave nothing.
+    tars(tmp_path / "good", num=1)
+    adopt_images(lake, image_set(tmp_path / "good"), CONFIG, round=1)
+    assert [pair["status"] for pair in pairs_of(lake)] == ["ok"] * 4
 
 
 def test_a_later_round_takes_in_what_is_new_and_refuses_what_has_changed(

@@ -179,9 +179,11 @@ class _Adoption:
         return [file for file in self.opened.files() if file not in known]
 
     def _drop_outdated(self) -> None:
-        """Forget what this round took in of the set before, when it is to be taken in anew."""
+        """Forget what this round took in of the set before, when it gave nothing or is to be taken in anew."""
         bases = [part_manifest(self.lake, ref).basis.get("intake", {}) for ref in self._own]
-        if self.on_stale != "rebuild" or not any(explain(basis, self.basis) for basis in bases):
+        changed = any(explain(basis, self.basis) for basis in bases)
+        gave_nothing = not any(_num_ok(self.lake, ref) for ref in self._own)
+        if not changed or not (gave_nothing or self.on_stale == "rebuild"):
             return
         texts = list_parts(self.lake, "captions", 0)
         for ref in [*self._own, *(t for t in texts if t.name.startswith(f"{self.prefix}-"))]:

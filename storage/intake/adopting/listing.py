@@ -33,13 +33,13 @@ class Listed:
     size: int
     """Bytes; -1 when there is no such file."""
     texts: tuple[str, ...] = ()
-    beside: tuple[str, ...] = ()
-    """Files that hold texts of it, or a JSON record."""
+    beside: tuple[tuple[str, int], ...] = ()
+    """Files that hold texts of it, or a JSON record, with their bytes."""
 
     def found(self, root: Root, fields: Fields, max_bytes: int) -> Found:
         """The row, its texts read; the picture is left to whoever looks at it."""
         told, texts = fields.told({}), [*self.texts]
-        for path in self.beside:
+        for path, _ in self.beside:
             data = root.read_bytes(path)
             if path.endswith(".json"):
                 told = fields.told(_record(data))
@@ -74,7 +74,7 @@ def from_folder(config: ImageSetConfig, root: Root, sizes: dict[str, int]) -> li
                 image=path,
                 size=size,
                 texts=told.get(path, ()),
-                beside=tuple(each for each in beside if each in sizes),
+                beside=tuple((each, sizes[each]) for each in beside if each in sizes),
             )
         )
     return listed

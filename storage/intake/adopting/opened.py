@@ -69,6 +69,10 @@ class Tars(OpenedSet):
         """As `OpenedSet.files`."""
         return [SetFile(path=tar, size=self._sizes[tar]) for tar in self._tars]
 
+    def listing(self) -> list[tuple[object, ...]]:
+        """As `OpenedSet.listing`, with what lies beside the tars."""
+        return [(tar, self._sizes[tar], self._sizes.get(_table_of(tar))) for tar in self._tars]
+
     def rows(self, file: SetFile) -> Iterator[Found]:
         """As `OpenedSet.rows`."""
         table, path = {}, _table_of(file.path)
