@@ -7,6 +7,7 @@ downloaded ones: what is no picture, a copy, purged or kept for evaluation has i
 import hashlib
 import json
 import logging
+import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -78,19 +79,28 @@ def adopt_images(
     """
     opened = open_set(config, shard_rows=download.shard_rows, max_bytes=download.max_image_bytes)
     prefix = layout.image_set(round, position, in_place=opened.in_place)
-    with _Adoption(lake, opened, download, prefix, on_stale) as adoption:
-        record = f"images-{position:02d}"
-        done = finished_intake(lake, round, record, adoption.basis, on_stale)
-        if done is not None:
-            return list(done.parts)
-        with disk_watched(lake, layout.WORK):
-            parts = adoption.run(on_progress)
-    if not adoption.earlier and not any(_num_ok(lake, ref) for ref in parts):
+    web = [ref for ref in list_parts(lake, "pairs") if ref.name.startswith("web-")]
+    # Names sort by round and place: what comes after this set is none of its business.
+    earlier = [ref for ref in web if ref.name < prefix]
+    basis = _basis(opened, download, earlier)
+    record = f"images-{position:02d}"
+    done = finished_intake(lake, round, record, basis, on_stale)
+    if done is not None:
+        return list(done.parts)
+    own = [ref for ref in web if ref.name.startswith(f"{prefix}-")]
+    _drop_outdated(lake, own, basis, on_stale)
+    with (
+        disk_watched(lake, layout.WORK),
+        _Adoption(lake, opened, download, prefix, earlier, basis, on_stale) as adoption,
+    ):
+        parts = adoption.run(on_progress)
+    shutil.rmtree(lake.scratch("adopt", prefix), ignore_errors=True)
+    if not earlier and not any(_num_ok(lake, ref) for ref in parts):
         raise EmptyInput(
             f"image set {config.name}: none of the rows of {config.path} gave an image ({_outcomes(lake, parts)}); check "
             "the path and the format, then run the same command again"
         )
-    remember_intake(lake, round, record, IntakeRecord(basis=adoption.basis, parts=tuple(parts)))
+    remember_intake(lake, round, record, IntakeRecord(basis=basis, parts=tuple(parts)))
     return parts
 
 
@@ -103,24 +113,24 @@ class _Adoption:
         opened: OpenedSet,
         config: DownloadConfig,
         prefix: str,
+        earlier: list[PartRef],
+        basis: Basis,
         on_stale: OnStale,
     ) -> None:
+        """`earlier` are the web pairs that were taken in before."""
         self.lake, self.opened, self.config = lake, opened, config
-        self.prefix, self.on_stale = prefix, on_stale
-        web = [ref for ref in list_parts(lake, "pairs") if ref.name.startswith("web-")]
-        # Names sort by round and place: what comes after this set is none of its business.
-        self.earlier = [ref for ref in web if ref.name < prefix]
-        self._own = [ref for ref in web if ref.name.startswith(f"{prefix}-")]
+        self.prefix, self.basis, self.on_stale = prefix, basis, on_stale
         folder = lake.scratch("adopt", prefix)
         self._num_rows = 0
         self._rows = SeenImages(folder)
         self._known = KnownImages(lake, folder, config)
         self._texts = WebTexts(config, self._known.images)
         self._purged = PurgedImages(lake, folder)
-        for ref in self.earlier:
+        for ref in earlier:
             self._remember_rows(ref)
-        self.files = self._new_files()
-        self.basis = self._basis()
+            texts = committed_part(lake, "captions", ref.name, round=0)
+            self._known.remember(ref, texts, own=False)
+        self.files = self._new_files(earlier)
 
     def __enter__(self) -> "_Adoption":
         return self
@@ -131,10 +141,6 @@ class _Adoption:
 
     def run(self, on_progress: Progress | None) -> list[PartRef]:
         """All parts, file by file; the pairs first, then the captions."""
-        self._drop_outdated()
-        for ref in self.earlier:
-            texts = committed_part(self.lake, "captions", ref.name, round=0)
-            self._known.remember(ref, texts, own=False)
         record = ImageSetRecord(
             name=self.opened.config.name,
             format=self.opened.format,
@@ -151,43 +157,19 @@ class _Adoption:
                 on_progress(index + 1, len(self.files))
         return [*pairs, *captions]
 
-    def _basis(self) -> Basis:
-        config = self.opened.config
-        settings = self.config.data_settings() | {
-            "name": config.name,
-            "format": self.opened.format,
-            "fields": [config.image_column, config.caption_column, config.url_column],
-            "licence_column": config.licence_column,
-            "splits": None if config.splits is None else list(config.splits),
-        }
-        listing = hashlib.sha256(json.dumps(self.opened.listing()).encode()).hexdigest()[:32]
-        inputs = [f"files {listing}", *(ref.fingerprint for ref in self.earlier)]
-        return basis_of("adopt_images", STAGE_VERSION, settings, inputs)
-
-    def _new_files(self) -> list[SetFile]:
+    def _new_files(self, earlier: list[PartRef]) -> list[SetFile]:
         """The files that no earlier intake of this set had."""
         if isinstance(self.opened, Files):
             self.opened.leave_out(lambda name: self._rows.place(self._key(name)) is not None)
             return self.opened.files()
         known: set[SetFile] = set()
-        for prefix in sorted({ref.name.rpartition("-")[0] for ref in self.earlier}):
+        for prefix in sorted({ref.name.rpartition("-")[0] for ref in earlier}):
             if not self.lake.root.exists(layout.image_set_record(prefix)):
                 continue
             record = read_record(self.lake, prefix)
             if record.name == self.opened.config.name:
                 known |= set(record.files)
         return [file for file in self.opened.files() if file not in known]
-
-    def _drop_outdated(self) -> None:
-        """Forget what this round took in of the set before, when it gave nothing or is to be taken in anew."""
-        bases = [part_manifest(self.lake, ref).basis.get("intake", {}) for ref in self._own]
-        changed = any(explain(basis, self.basis) for basis in bases)
-        gave_nothing = not any(_num_ok(self.lake, ref) for ref in self._own)
-        if not changed or not (gave_nothing or self.on_stale == "rebuild"):
-            return
-        texts = list_parts(self.lake, "captions", 0)
-        for ref in [*self._own, *(t for t in texts if t.name.startswith(f"{self.prefix}-"))]:
-            drop_part(self.lake, ref)
 
     def _part(self, index: int, file: SetFile) -> tuple[PartRef, PartRef]:
         """One file's pairs and captions, unless they are committed; its shard where pictures are packed."""
@@ -324,6 +306,31 @@ class _Adoption:
             self._rows.add_all(
                 (row["key"] for row in rows if row["source_name"] == own), pairs.name
             )
+
+
+def _basis(opened: OpenedSet, download: DownloadConfig, earlier: list[PartRef]) -> Basis:
+    config = opened.config
+    settings = download.data_settings() | {
+        "name": config.name,
+        "format": opened.format,
+        "fields": [config.image_column, config.caption_column, config.url_column],
+        "licence_column": config.licence_column,
+        "splits": None if config.splits is None else list(config.splits),
+    }
+    listing = hashlib.sha256(json.dumps(opened.listing()).encode()).hexdigest()[:32]
+    inputs = [f"files {listing}", *(ref.fingerprint for ref in earlier)]
+    return basis_of("adopt_images", STAGE_VERSION, settings, inputs)
+
+
+def _drop_outdated(lake: Lake, own: list[PartRef], basis: Basis, on_stale: OnStale) -> None:
+    """Forget what this round took in of the set before, when it gave nothing or is to be taken in anew."""
+    changed = any(explain(part_manifest(lake, ref).basis.get("intake", {}), basis) for ref in own)
+    gave_nothing = not any(_num_ok(lake, ref) for ref in own)
+    if not changed or not (gave_nothing or on_stale == "rebuild"):
+        return
+    names = {ref.name for ref in own}
+    for ref in [*own, *(t for t in list_parts(lake, "captions", 0) if t.name in names)]:
+        drop_part(lake, ref)
 
 
 def _num_bytes(found: Found) -> int:
