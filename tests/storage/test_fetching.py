@@ -216,3 +216,20 @@ def test_tdm_reservation_may_be_left_to_others() -> None:
     headers["tdm-reservation"] = "1"
     assert opted_out(headers, "our-bot", DIRECTIVES, honour_tdm=True) == "tdm-reservation: 1"
     assert opted_out(headers, "our-bot", DIRECTIVES, honour_tdm=False) is None
+
+
+def test_an_address_that_urllib_refuses_gives_its_turn_back(progress: int) -> None:
+    class Turns:
+        asked, done_with = 0, 0
+
+        def ask(self, url: str) -> None:
+            self.asked += 1
+
+        def done(self, url: str, error: FetchError | None, retry_after_s: float = 0.0) -> None:
+            assert error is not None
+            self.done_with += error.status == "bad_url"
+
+    turns = Turns()
+    with pytest.raises(FetchError, match=r"^bad_url: unknown url type"):
+        fetch("nonsense", progress, turns)  # type: ignore[arg-type]
+    assert (turns.asked, turns.done_with) == (1, 1)

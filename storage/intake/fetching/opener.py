@@ -148,17 +148,23 @@ class Opener(urllib.request.OpenerDirector):
 
     def _visit(self, url: str, timeout: float, deadline: float) -> Any:
         """The answer of one request whose turn it is, or the URL that it redirects to."""
-        request = _Request(url, self._config.user_agent, deadline)
+        try:
+            request = _Request(url, self._config.user_agent, deadline)
+        except ValueError as err:  # urllib refuses the address itself; the turn is given back
+            refused = FetchError("bad_url", str(err))
+            if self._hosts is not None:
+                self._hosts.done(url, refused)
+            raise refused from err
         try:
             self._addresses.check_literal(request.own_name)
             response = super().open(request, timeout=timeout)
         except urllib.error.HTTPError as err:
             target = err.headers.get("Location") if err.code in _REDIRECTS else None
-            refused = None if target else _http_error(err)
+            failed = None if target else _http_error(err)
             err.close()
-            self._done(url, request, refused, _retry_after_s(err.headers))
-            if refused is not None:
-                raise refused from err
+            self._done(url, request, failed, _retry_after_s(err.headers))
+            if failed is not None:
+                raise failed from err
             return _target(url, str(target))
         except Exception as err:
             error = self._named(err, request)
