@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +11,7 @@ from storage import layout
 from storage.errors import CorruptData, StaleOutput
 from storage.fingerprint import Basis, explain
 from storage.lake import Lake
-from storage.tables import OnStale, PartRef, committed_part
+from storage.tables import OnStale, PartRef, committed_part, part_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -58,3 +60,17 @@ def finished_intake(
         logger.info("intake %s runs again: %s", name, "; ".join(differs) or "parts are missing")
         return None
     return IntakeRecord(basis=basis, parts=parts)
+
+
+def num_ok_of(lake: Lake, parts: Iterable[PartRef]) -> int:
+    """Images that some parts of `pairs` brought; parts of other tables are passed over."""
+    return sum(part_manifest(lake, ref).num_ok for ref in parts if ref.table == "pairs")
+
+
+def outcomes_of(lake: Lake, parts: Iterable[PartRef]) -> str:
+    """The statuses of the rows of `pairs` that gave no image, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for ref in parts:
+        if ref.table == "pairs":
+            counts.update(part_manifest(lake, ref).reasons)
+    return ", ".join(f"{status} {n}" for status, n in counts.most_common()) or "no row"

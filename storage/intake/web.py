@@ -29,7 +29,13 @@ from storage.intake.looking import OF_THE_IMAGE, looked_at
 from storage.intake.passes import Passes, PassResults
 from storage.intake.plan import Plan, make_plan
 from storage.intake.purged import PurgedImages
-from storage.intake.records import IntakeRecord, finished_intake, remember_intake
+from storage.intake.records import (
+    IntakeRecord,
+    finished_intake,
+    num_ok_of,
+    outcomes_of,
+    remember_intake,
+)
 from storage.intake.slices import SliceFetching
 from storage.intake.texts import WebTexts, counts_of_texts
 from storage.intake.url_list import UrlListConfig, list_files
@@ -96,10 +102,10 @@ def ingest_urls(
         parts = intake.run(plan, folder, on_progress)
     # What failed before may well fail again.
     num_new = _num_asked(lake, parts) - plan.num_again()
-    if _num_ok(lake, parts) == 0 and (num_new > 0 or not intake.earlier):
+    if num_ok_of(lake, parts) == 0 and (num_new > 0 or not intake.earlier):
         raise EmptyInput(
             f"{url_list.path}: none of its {plan.num_rows} URLs gave an image "
-            f"({_outcomes(lake, parts)}); check the network, the proxy and the list, then run the "
+            f"({outcomes_of(lake, parts)}); check the network, the proxy and the list, then run the "
             "same command again: they are fetched anew"
         )
     remember_intake(lake, round, record, IntakeRecord(basis=intake.basis, parts=tuple(parts)))
@@ -136,7 +142,7 @@ class _Intake:
         """Forget what this round took in before, when it was all dead or is to be rebuilt."""
         bases = [part_manifest(self.lake, ref).basis for ref in self.own]
         changed = any(explain(b.get("intake", {}), self.basis) for b in bases)
-        dead = self.own and _num_ok(self.lake, self.own) == 0
+        dead = self.own and num_ok_of(self.lake, self.own) == 0
         if dead or (changed and self.on_stale == "rebuild"):
             texts = list_parts(self.lake, "captions", 0)
             for ref in [*self.own, *(t for t in texts if t.name.startswith(f"{self.source}-"))]:
@@ -265,10 +271,6 @@ class _Intake:
         return made, texts
 
 
-def _num_ok(lake: Lake, parts: list[PartRef]) -> int:
-    return sum(part_manifest(lake, ref).num_ok for ref in parts if ref.table == "pairs")
-
-
 def _num_asked(lake: Lake, parts: list[PartRef]) -> int:
     """Rows that were asked for: a list of nothing but known addresses is no failure."""
     known = (
@@ -277,15 +279,6 @@ def _num_asked(lake: Lake, parts: list[PartRef]) -> int:
     )
     manifests = [part_manifest(lake, ref) for ref in parts if ref.table == "pairs"]
     return sum(m.num_in - sum(m.reasons.get(name, 0) for name in known) for m in manifests)
-
-
-def _outcomes(lake: Lake, parts: list[PartRef]) -> str:
-    """The statuses of all rows, the most frequent first."""
-    counts: Counter[str] = Counter()
-    for ref in parts:
-        if ref.table == "pairs":
-            counts.update(part_manifest(lake, ref).reasons)
-    return ", ".join(f"{status} {n}" for status, n in counts.most_common())
 
 
 def _list_sha256(path: str) -> str:

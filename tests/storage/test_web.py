@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from intake_runs import processes_of
 from PIL import Image
 from web_world import PictureServer, WebLake, download_config, jpeg, write_list
 
@@ -15,7 +16,6 @@ import storage
 from storage import layout, repair
 from storage.catalog import query
 from storage.errors import EmptyInput, MissingColumn, StaleOutput
-from storage.intake import launch_img2dataset as launcher
 from storage.intake import web
 from storage.intake.download_config import DownloadConfig
 from storage.intake.plan import Plan
@@ -49,19 +49,6 @@ def rows_of(lake: Lake, table: str) -> list[dict[str, object]]:
     """All rows but for the one column that may differ between runs."""
     rows = query(lake, f"SELECT * FROM {table} ORDER BY ALL").to_pylist()
     return [{k: v for k, v in row.items() if k != "fetched_at"} for row in rows]
-
-
-def processes_of(lake: Lake) -> list[int]:
-    """Processes that download into a lake."""
-    mark = f"{launcher.OWNER}={lake.uri}".encode()
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark in (entry / "environ").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
 
 
 def test_ingest_gives_every_row_one_outcome(web_lake: WebLake) -> None:
@@ -127,7 +114,7 @@ def test_ingest_reports_progress_up_to_the_end(web_lake: WebLake) -> None:
 
 def test_ingest_leaves_no_scratch_and_no_process(web_lake: WebLake) -> None:
     assert web_lake.lake.root.list_recursive("work/ingest") == []
-    assert processes_of(web_lake.lake) == []
+    assert processes_of(web_lake.lake.uri) == []
 
 
 def test_ingest_does_nothing_the_second_time(web_lake: WebLake, pictures: PictureServer) -> None:
@@ -261,9 +248,9 @@ def test_ingest_after_kill_gives_the_tables_of_an_undisturbed_run(
         run.send_signal(signal.SIGKILL)
         run.wait()
         ends_by = time.monotonic() + 20
-        while processes_of(disturbed) and time.monotonic() < ends_by:
+        while processes_of(disturbed.uri) and time.monotonic() < ends_by:
             time.sleep(0.05)
-        assert processes_of(disturbed) == [], "img2dataset outlived the process that ran it"
+        assert processes_of(disturbed.uri) == [], "img2dataset outlived the process that ran it"
     finally:
         pictures.delay_s = 0.0
     assert query(disturbed, "FROM pairs").num_rows == 0
@@ -352,7 +339,7 @@ def test_the_next_slice_is_fetched_while_one_is_packed_and_ends_with_an_error(
     monkeypatch.setattr(pictures, "delay_s", 0.3)
     with pytest.raises(RuntimeError, match="packing broke"):
         ingest_urls(lake, url_list, config, round=1)
-    assert processes_of(lake) == []
+    assert processes_of(lake.uri) == []
     monkeypatch.undo()
     ingest_urls(lake, url_list, config, round=1)
     assert [row["status"] for row in rows_of(lake, "pairs")] == ["ok"] * 20

@@ -25,7 +25,13 @@ from storage.intake.judged import safe_rows
 from storage.intake.known import KnownImages
 from storage.intake.looking import OF_THE_IMAGE, SMALL_BYTES, Looked, ahead, inspected
 from storage.intake.purged import PurgedImages
-from storage.intake.records import IntakeRecord, finished_intake, remember_intake
+from storage.intake.records import (
+    IntakeRecord,
+    finished_intake,
+    num_ok_of,
+    outcomes_of,
+    remember_intake,
+)
 from storage.intake.seen import SeenImages
 from storage.intake.texts import WebTexts, counts_of_texts
 from storage.lake import Lake
@@ -95,9 +101,9 @@ def adopt_images(
     ):
         parts = adoption.run(on_progress)
     shutil.rmtree(lake.scratch("adopt", prefix), ignore_errors=True)
-    if not earlier and not any(_num_ok(lake, ref) for ref in parts):
+    if not earlier and not num_ok_of(lake, parts):
         raise EmptyInput(
-            f"image set {config.name}: none of the rows of {config.path} gave an image ({_outcomes(lake, parts)}); check "
+            f"image set {config.name}: none of the rows of {config.path} gave an image ({outcomes_of(lake, parts)}); check "
             "the path and the format, then run the same command again"
         )
     remember_intake(lake, round, record, IntakeRecord(basis=basis, parts=tuple(parts)))
@@ -325,7 +331,7 @@ def _basis(opened: OpenedSet, download: DownloadConfig, earlier: list[PartRef]) 
 def _drop_outdated(lake: Lake, own: list[PartRef], basis: Basis, on_stale: OnStale) -> None:
     """Forget what this round took in of the set before, when it gave nothing or is to be taken in anew."""
     changed = any(explain(part_manifest(lake, ref).basis.get("intake", {}), basis) for ref in own)
-    gave_nothing = not any(_num_ok(lake, ref) for ref in own)
+    gave_nothing = not num_ok_of(lake, own)
     if not changed or not (gave_nothing or on_stale == "rebuild"):
         return
     names = {ref.name for ref in own}
@@ -336,16 +342,3 @@ def _drop_outdated(lake: Lake, own: list[PartRef], basis: Basis, on_stale: OnSta
 def _num_bytes(found: Found) -> int:
     """Of the picture; a file, which is still to be read, counts as large."""
     return len(found.image or b"") if found.file is None else SMALL_BYTES + 1
-
-
-def _num_ok(lake: Lake, ref: PartRef) -> int:
-    return part_manifest(lake, ref).num_ok if ref.table == "pairs" else 0
-
-
-def _outcomes(lake: Lake, parts: list[PartRef]) -> str:
-    """The statuses of all rows, the most frequent first."""
-    counts: Counter[str] = Counter()
-    for ref in parts:
-        if ref.table == "pairs":
-            counts.update(part_manifest(lake, ref).reasons)
-    return ", ".join(f"{status} {n}" for status, n in counts.most_common()) or "no row"
