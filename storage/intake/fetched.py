@@ -2,14 +2,17 @@
 
 import json
 import math
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from storage.intake.fetching.errors import is_transient
 from storage.intake.img2dataset import shard_paths, tar_index
 from storage.intake.outcomes import outcome_of
 from storage.schemas import OK
@@ -28,18 +31,52 @@ class Fetched:
 
 
 class Download:
-    """A finished download, read one shard at a time."""
+    """A download, read one shard at a time."""
 
     def __init__(self, fetch_list: Path, folder: Path, shard_rows: int) -> None:
         self.folder = folder
         self.shard_rows = shard_rows
         self._rows = np.sort(pq.read_table(fetch_list, columns=["row"]).column("row").to_numpy())
+        self._to_ask_again: set[tuple[int, int]] = set()
 
     def results(self, begin: int, end: int) -> "Results":
-        """The results for row numbers begin to end - 1."""
+        """The results for row numbers begin to end - 1 of a finished download."""
+        return Results(self.folder, self._shards(*self._places(begin, end)))
+
+    def settled(self, begin: int, end: int) -> "Results | None":
+        """The same while it may still be going on: None until all is there, and for ever when a failure may pass.
+
+        What is settled stays as it is: a download writes none of its shards again that has all its rows.
+        """
+        first, last = self._places(begin, end)
+        shards = self._shards(first, last)
+        if (begin, end) in self._to_ask_again:
+            return None
+        if not all(shard_paths(self.folder, shard)[2].exists() for shard in shards):
+            return None
+        try:
+            results = Results(self.folder, shards)
+        except (ValueError, OSError, pa.ArrowException, tarfile.TarError):
+            return None  # not whole yet, or torn: then it is fetched again
+        until = min(shards.stop * self.shard_rows, len(self._rows))
+        if not all(
+            results.is_there(int(row)) for row in self._rows[shards.start * self.shard_rows : until]
+        ):
+            return None
+        if any(results.may_pass(int(row)) for row in self._rows[first:last]):
+            self._to_ask_again.add((begin, end))
+            return None
+        return results
+
+    def _places(self, begin: int, end: int) -> tuple[int, int]:
         first, last = np.searchsorted(self._rows, [begin, end])
-        shards = range(int(first) // self.shard_rows, math.ceil(int(last) / self.shard_rows))
-        return Results(self.folder, shards if last > first else range(0))
+        return int(first), int(last)
+
+    def _shards(self, first: int, last: int) -> range:
+        """img2dataset's shards that hold the list's places first to last - 1."""
+        if first == last:
+            return range(0)
+        return range(first // self.shard_rows, math.ceil(last / self.shard_rows))
 
     def outcomes(self) -> Iterator[tuple[int, str, str]]:
         """Row, status and reason of every row that the download has a word of, a shard in memory at a time."""
@@ -61,6 +98,23 @@ class Results:
 
     def __contains__(self, row: int) -> bool:
         return row in self._found
+
+    def is_there(self, row: int) -> bool:
+        """Whether there is word of a row, and its image when there is to be one."""
+        if row not in self._found:
+            return False
+        status, _, _, where, _ = self._found[row]
+        return status != "success" or where is not None
+
+    def may_pass(self, row: int) -> bool:
+        """Whether a row, which is there, failed in a way that may be another one the next time."""
+        status, error, *_ = self._found[row]
+        return status != "success" and is_transient(*outcome_of(error or NO_REASON))
+
+    def num_bytes(self, row: int) -> int:
+        """Of the image of a row that is there; 0 when there is none."""
+        where = self._found[row][3]
+        return where[1] if where is not None else 0
 
     def get(self, row: int) -> Fetched | None:
         """The result for a row, None when img2dataset left no word of it."""

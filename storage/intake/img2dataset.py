@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import signal
-import site
 import subprocess
 import sys
 import tarfile
@@ -27,10 +26,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-import storage
 from storage.errors import IntakeError, StorageFull
 from storage.intake import launch_img2dataset as launcher
 from storage.intake.download_config import DownloadConfig
+from storage.worker_process import environment
 
 logger = logging.getLogger(__name__)
 
@@ -279,7 +278,7 @@ def _arguments(slice_parquet: Path, folder: Path, config: DownloadConfig) -> dic
 def _environment(
     folder: Path, config: DownloadConfig, hosts: str | None, answered: Path
 ) -> dict[str, str]:
-    env = os.environ | {
+    env = environment() | {
         "NO_ALBUMENTATIONS_UPDATE": "1",
         launcher.OWNER: str(folder.resolve()),
         launcher.PROGRESS_FILE: str(answered),
@@ -288,10 +287,6 @@ def _environment(
     if config.http_proxy is not None:
         names = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY")
         env |= dict.fromkeys(names, config.http_proxy) | {"no_proxy": ""}
-    home = str(Path(storage.__file__).parents[1])
-    if home not in site.getsitepackages():
-        # Site-packages must never be put before the standard library.
-        env["PYTHONPATH"] = os.pathsep.join(p for p in (home, env.get("PYTHONPATH", "")) if p)
     return env
 
 

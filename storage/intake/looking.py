@@ -1,34 +1,42 @@
-"""Rows of a shard with what was fetched for them, large pictures looked at some rows ahead in several threads.
+"""Rows of a part with what their pictures show, looked at some rows ahead in several processes.
 
-Decoding leaves the interpreter to others, so that threads help where there is much to decode; a small picture is many short calls,
-between which threads only wait for one another. What depends on other rows (which picture was the first of its kind) is
-left to whoever takes the rows in their order.
+A look at a picture is many short calls, between which threads only wait for one another. What depends on other rows (which
+picture was the first of its kind) is left to whoever takes the rows in their order.
 """
 
+import logging
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from types import TracebackType
 from typing import Any, TypeVar
 
-from storage import ids
 from storage.intake.download_config import DownloadConfig
-from storage.intake.images import inspect_image
+from storage.intake.images import Inspected
+from storage.intake.look_worker import Seen, see
 from storage.intake.looks import Looks
 from storage.intake.passes import PassResults
 from storage.schemas import OK
+from storage.worker_process import WorkerGone, WorkerProcess
 
-THREADS = min(8, os.cpu_count() or 1)
-AHEAD = 4 * THREADS
-"""Rows, and so images in memory."""
-SMALL_BYTES = 64 << 10
-"""Images of no more are looked at as they come."""
+logger = logging.getLogger(__name__)
 
+WORKERS = min(8, os.cpu_count() or 1)
+CHUNK_ROWS, CHUNK_BYTES = 32, 2 << 20
+"""Rows that a process gets at a time: not many more bytes than this, unless it is one row."""
+AHEAD = 2 * WORKERS
+"""Chunks, and so pictures in memory."""
+FEW = 64
+"""So many pictures are looked at before a process is started for more."""
+TRIES = 2
+"""How often a chunk is given to a process before it is taken apart."""
+SILENCE_S = 300.0
+"""A process that says nothing for so long over one chunk is taken for dead."""
 
 Row = TypeVar("Row")
-Seen = TypeVar("Seen")
 
 OF_THE_IMAGE = ("phash", "looks", "width", "height")
 """Columns of a pair that are read off its image."""
@@ -44,42 +52,122 @@ class Looked:
     ext: str = ""
 
 
-def looked_at(
-    planned: Iterable[dict[str, Any]], results: PassResults, config: DownloadConfig
-) -> Iterator[Looked]:
-    """Each planned row of a shard, in order."""
+class Lookers:
+    """Threads, each with a process of its own once there is more than a little to look at; use it in a `with`."""
 
-    def look(row: tuple[dict[str, Any], bytes | None]) -> Looked:
-        pair, image = row
-        return Looked(pair=pair) if image is None else inspected(pair, image, config)
+    def __init__(self, config: DownloadConfig) -> None:
+        self._limits = (config.min_image_side_px, config.max_image_pixels)
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="look")
+        self._own = threading.local()
+        self._lock = threading.Lock()
+        self._all: list[WorkerProcess] = []
+        self._num_seen = 0
+        self._is_closed = False
 
-    rows = (_read(row, results) for row in planned)
-    return ahead(look, rows, lambda row: len(row[1] or b""))
+    def __enter__(self) -> "Lookers":
+        return self
 
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        err: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            self._is_closed = True
+            processes, self._all = self._all, []
+        for process in processes:
+            process.kill()  # it has nothing to lose, and a thread may be waiting for its answer
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for process in processes:
+            process.end()
 
-def ahead(
-    look: Callable[[Row], Seen], rows: Iterable[Row], num_bytes: Callable[[Row], int]
-) -> Iterator[Seen]:
-    """What `look` gives of each row, in order; of large ones some rows ahead, in several threads."""
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="look") as pool:
-        pending: deque[Callable[[], Seen]] = deque()
-        for row in rows:
-            if num_bytes(row) > SMALL_BYTES:
-                pending.append(pool.submit(look, row).result)
-            else:
-                pending.append(partial(_same, look(row)))
+    @property
+    def pids(self) -> list[int]:
+        """Ids of the processes that are there."""
+        with self._lock:
+            return [process.pid for process in self._all]
+
+    def looked_at(
+        self,
+        rows: Iterable[Row],
+        read: Callable[[Row], tuple[dict[str, Any], bytes | None]],
+        num_bytes: Callable[[Row], int],
+    ) -> Iterator[tuple[Row, Looked]]:
+        """Each row, in order.
+
+        `read` gives the pair of a row, and its picture when there is one; it is called from several threads.
+        `num_bytes` says about how large that is.
+        """
+
+        def look(chunk: list[Row]) -> list[tuple[Row, Looked]]:
+            made = [read(row) for row in chunk]
+            seen = iter(self._see([image for _, image in made if image is not None]))
+            return [
+                (row, Looked(pair=pair) if image is None else _looked(pair, image, *next(seen)))
+                for row, (pair, image) in zip(chunk, made, strict=True)
+            ]
+
+        pending: deque[Future[list[tuple[Row, Looked]]]] = deque()
+        for chunk in _chunks(rows, num_bytes):
+            pending.append(self._pool.submit(look, chunk))
             if len(pending) > AHEAD:
-                yield pending.popleft()()
+                yield from pending.popleft().result()
         while pending:
-            yield pending.popleft()()
+            yield from pending.popleft().result()
+
+    def _see(self, images: list[bytes]) -> list[Seen]:
+        with self._lock:
+            self._num_seen += len(images)
+            are_few = self._num_seen <= FEW
+        if are_few:
+            return [see(image, self._limits) for image in images]
+        return self._see_in_process(images) if images else []
+
+    def _see_in_process(self, images: list[bytes]) -> list[Seen]:
+        for _ in range(TRIES):
+            process: WorkerProcess | None = getattr(self._own, "process", None)
+            if process is None:
+                process = self._own.process = self._started()
+            try:
+                seen: list[Seen] = process.ask((images, self._limits), SILENCE_S)
+                return seen
+            except WorkerGone as err:
+                self._own.process = None
+                self._bury(process, err)
+        if len(images) == 1:
+            # It takes its process along every time: its own fault, and no other picture's.
+            return [(Inspected(status="decode_error", reason="brings the decoder down"), "")]
+        middle = len(images) // 2
+        return [
+            *self._see_in_process(images[:middle]),
+            *self._see_in_process(images[middle:]),
+        ]
+
+    def _started(self) -> WorkerProcess:
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("looking was stopped")  # nobody waits for this
+            process = WorkerProcess("storage.intake.look_worker")
+            self._all.append(process)
+        return process
+
+    def _bury(self, process: WorkerProcess, why: WorkerGone) -> None:
+        with self._lock:
+            if self._is_closed:
+                raise RuntimeError("looking was stopped")
+            self._all.remove(process)
+        status = process.end()
+        logger.warning(
+            "process %d, which looked at pictures, ended with status %d (%s); they are looked at again",
+            process.pid,
+            status,
+            why,
+        )
 
 
-def _same(seen: Seen) -> Seen:
-    return seen
-
-
-def _read(row: dict[str, Any], results: PassResults) -> tuple[dict[str, Any], bytes | None]:
-    """A row of `pairs` in the making, and the bytes of its image when there is one."""
+def read_fetched(row: dict[str, Any], results: PassResults) -> tuple[dict[str, Any], bytes | None]:
+    """A planned row as a row of `pairs` in the making, and the bytes of its image when there is one."""
     own = ("row", "key", "source_name", "url", "alt_text", "licence", "extra", "status", "reason")
     pair = {name: row[name] for name in own} | {"pool": "web", "attempts": 0}
     if pair["status"] is not None:
@@ -95,14 +183,26 @@ def _read(row: dict[str, Any], results: PassResults) -> tuple[dict[str, Any], by
     return pair, result.image
 
 
-def inspected(pair: dict[str, Any], image: bytes, config: DownloadConfig) -> Looked:
+def _looked(pair: dict[str, Any], image: bytes, found: Inspected, image_id: str) -> Looked:
     """A row with what its image's bytes show."""
-    found = inspect_image(image, config.min_image_side_px, config.max_image_pixels)
     pair |= {"status": found.status, "reason": found.reason}
     if found.status != OK:
         return Looked(pair=pair)
     looks = found.looks
     assert looks is not None
-    pair |= {"image_id": ids.image_id(image), "phash": looks.phash}
+    pair |= {"image_id": image_id, "phash": looks.phash}
     pair |= {"looks": looks.to_bytes(), "width": found.width, "height": found.height}
     return Looked(pair=pair, image=image, looks=looks, ext=found.ext)
+
+
+def _chunks(rows: Iterable[Row], num_bytes: Callable[[Row], int]) -> Iterator[list[Row]]:
+    chunk: list[Row] = []
+    size = 0
+    for row in rows:
+        chunk.append(row)
+        size += num_bytes(row)
+        if len(chunk) == CHUNK_ROWS or size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

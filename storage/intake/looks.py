@@ -7,6 +7,7 @@ happens to have like edges.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,10 @@ class Looks:
     def phash(self) -> str:
         """The difference hash of the whole picture, 16 hex digits."""
         return f"{int(self.edges[0]):016x}"
+
+    def __reduce__(self) -> tuple[Callable[[bytes], "Looks"], tuple[bytes]]:
+        """Sent to another process as a column holds them."""
+        return looks_of_bytes, (self.to_bytes(),)
 
     def to_bytes(self) -> bytes:
         """As a column holds them."""

@@ -42,9 +42,18 @@ class PassResults:
         """What the last pass that has the row left of it; None when none has."""
         return next((found for p in reversed(self._passes) if (found := p.get(row))), None)
 
+    def num_bytes(self, row: int) -> int:
+        """Of a row's image; 0 when there is none."""
+        return next((p.num_bytes(row) for p in reversed(self._passes) if row in p), 0)
+
     def attempts(self, row: int) -> int:
         """How often a row was asked for: by the first pass, and by each later one that has a word of it."""
         return 1 + sum(row in each for each in self._passes[1:])
+
+
+def first_pass(fetch_list: Path, folder: Path, config: DownloadConfig) -> Download:
+    """The first pass of a slice that is to be fetched, or is being fetched, into `folder`."""
+    return Download(fetch_list, folder / "img2dataset", config.shard_rows)
 
 
 def fetch_slice(
@@ -60,8 +69,8 @@ def fetch_slice(
     Killed anywhere, the same call goes on. Raises as `download` does.
     """
     stop = stop or threading.Event()
-    download(fetch_list, folder / "img2dataset", config, hosts, on_progress, stop)
-    passes = [Download(fetch_list, folder / "img2dataset", config.shard_rows)]
+    passes = [first_pass(fetch_list, folder, config)]
+    download(fetch_list, passes[0].folder, config, hosts, on_progress, stop)
     for number in range(1, config.retry_passes + 1):
         again = folder / f"again-{number}"
         listed = again / "fetch.parquet"

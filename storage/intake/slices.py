@@ -1,4 +1,4 @@
-"""A plan fetched slice by slice, the next one while the caller packs the one before."""
+"""A plan fetched slice by slice, while the caller packs what is there."""
 
 import math
 import shutil
@@ -9,7 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from storage.intake.download_config import DownloadConfig
-from storage.intake.passes import Passes, fetch_slice
+from storage.intake.fetched import Download
+from storage.intake.passes import Passes, PassResults, fetch_slice, first_pass
 from storage.intake.plan import Plan
 
 PROGRESS_S = 0.5
@@ -35,12 +36,13 @@ class SliceFetching:
         self._is_missing = is_missing
         self._stop = threading.Event()
 
-    def slices(
+    def parts(
         self, on_progress: Progress | None
-    ) -> Generator[tuple[range, Passes | None], None, None]:
-        """Part numbers of each slice with what was fetched, None where all its parts are made already.
+    ) -> Generator[tuple[int, PassResults | None], None, None]:
+        """Each part's number with what was fetched for its rows, in order; None where its slice has nothing to fetch.
 
-        Close it: that ends what is being fetched. A slice's files are removed when the next one is asked for.
+        A part comes as soon as nothing of it, or of those before it, is to be asked again. Close it: that ends what is
+        being fetched. A slice's files are removed when the next one's parts are asked for.
         """
         size, num_rows = self._config.shard_rows, self._plan.num_rows
         num_parts = math.ceil(num_rows / size)
@@ -52,41 +54,65 @@ class SliceFetching:
             try:
                 coming = self._begin(pool, waiting)
                 while coming is not None:
-                    while not coming.passes.done():
-                        # Told from this thread: what shows the progress may belong to it.
-                        wait([coming.passes], timeout=PROGRESS_S)
-                        if on_progress is not None:
-                            on_progress(coming.num_done(size, num_rows), num_rows)
-                    indices, passes = coming.indices, coming.passes.result()
-                    coming = self._begin(pool, waiting)
-                    yield indices, passes
-                    shutil.rmtree(self._folder_of(indices), ignore_errors=True)
+                    # Begun when this one is fetched, whether it is packed by then or not.
+                    after = self._begin(pool, waiting)
+                    for index in coming.indices:
+                        yield index, self._fetched(coming, index, on_progress)
+                    coming.passes.result()
+                    shutil.rmtree(self._folder_of(coming.indices), ignore_errors=True)
+                    coming = after
             finally:
                 self._stop.set()
 
     def _begin(self, pool: ThreadPoolExecutor, waiting: deque[range]) -> "_Coming | None":
-        """Begin to fetch the next slice; None when there is none."""
+        """Let the next slice be fetched after those before it; None when there is none."""
         if not waiting:
             return None
         coming = _Coming(waiting.popleft())
         coming.passes = pool.submit(self._fetch, coming)
         return coming
 
+    def _fetched(
+        self, coming: "_Coming", index: int, on_progress: Progress | None
+    ) -> PassResults | None:
+        """What was fetched for a part, as soon as no more of it will be."""
+        size, num_rows = self._config.shard_rows, self._plan.num_rows
+        begin, end = index * size, (index + 1) * size
+        while True:
+            is_done = coming.passes.done()
+            if on_progress is not None:
+                # Told from this thread: what shows the progress may belong to it.
+                on_progress(coming.num_done(size, num_rows), num_rows)
+            if is_done:
+                passes = coming.passes.result()
+                return None if passes is None else passes.results(begin, end)
+            settled = coming.first_pass.settled(begin, end) if coming.first_pass else None
+            if settled is not None:
+                return PassResults([settled])
+            wait([coming.passes], timeout=PROGRESS_S)
+
     def _fetch(self, coming: "_Coming") -> Passes | None:
         """Fetch a slice, or go on fetching it; None when all its parts are made."""
-        missing = [index for index in coming.indices if self._is_missing(index)]
-        if not missing:
-            return None
-        size = self._config.shard_rows
-        folder = self._folder_of(coming.indices)
-        fetch_list = folder / "fetch.parquet"
-        ranges = _joined([(i * size, (i + 1) * size) for i in missing])
-        if not (fetch_list.exists() and self._plan.is_listed(fetch_list, ranges)):
-            # Also when a part was dropped since the list was written, as a repair does.
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._plan.write_fetch_list(fetch_list, ranges, size)
-        return fetch_slice(fetch_list, folder, self._config, self._hosts, coming.tell, self._stop)
+        try:
+            missing = [index for index in coming.indices if self._is_missing(index)]
+            if not missing or self._stop.is_set():
+                return None
+            size = self._config.shard_rows
+            folder = self._folder_of(coming.indices)
+            fetch_list = folder / "fetch.parquet"
+            ranges = _joined([(i * size, (i + 1) * size) for i in missing])
+            if not (fetch_list.exists() and self._plan.is_listed(fetch_list, ranges)):
+                # Also when a part was dropped since the list was written, as a repair does.
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True, exist_ok=True)
+                self._plan.write_fetch_list(fetch_list, ranges, size)
+            coming.first_pass = first_pass(fetch_list, folder, self._config)
+            return fetch_slice(
+                fetch_list, folder, self._config, self._hosts, coming.tell, self._stop
+            )
+        except BaseException:
+            self._stop.set()  # nor is the slice after it to be begun
+            raise
 
     def _folder_of(self, indices: range) -> Path:
         """Named by both ends: a resume with other slices must not take this one's list for its own."""
@@ -99,6 +125,7 @@ class _Coming:
     def __init__(self, indices: range) -> None:
         self.indices = indices
         self.passes: Future[Passes | None]
+        self.first_pass: Download | None = None
         self._share = 0.0
 
     def tell(self, done: int, num: int) -> None:

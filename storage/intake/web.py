@@ -1,6 +1,6 @@
 """URL lists into the lake: planned, fetched by img2dataset, packed into shards, one row each.
 
-A list goes through in slices, a slice in parts of `shard_rows` rows; while a slice is packed the next one is fetched.
+A list goes through in slices, a slice in parts of `shard_rows` rows; a part is packed while others are fetched.
 A part is one shard with its pairs and its web captions, made from what was fetched; when it is committed it is never
 fetched again. Killed anywhere, the same call goes on where it was and ends with the same tables, all but
 the column fetched_at.
@@ -12,6 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +26,8 @@ from storage.intake.download_config import DownloadConfig
 from storage.intake.fetching.host_server import HostServer
 from storage.intake.judged import safe_rows
 from storage.intake.known import KnownImages
-from storage.intake.looking import OF_THE_IMAGE, looked_at
-from storage.intake.passes import Passes, PassResults
+from storage.intake.looking import OF_THE_IMAGE, Lookers, read_fetched
+from storage.intake.passes import PassResults
 from storage.intake.plan import Plan, make_plan
 from storage.intake.purged import PurgedImages
 from storage.intake.records import (
@@ -157,18 +158,18 @@ class _Intake:
             KnownImages(self.lake, folder, self.config) as known,
             PurgedImages(self.lake, folder) as purged,
             HostServer(self.config.host_rules, patience_s=self.config.turn_patience_s) as hosts,
+            Lookers(self.config) as self._lookers,
         ):
             self._texts = WebTexts(self.config, known.images, purged)
             for ref in self.earlier:
                 texts = committed_part(self.lake, "captions", ref.name, round=0)
                 known.remember(ref, texts, own=False)
             fetching = SliceFetching(plan, folder, self.config, hosts.address, self._is_missing)
-            with closing(fetching.slices(on_progress)) as slices:
-                for indices, fetched in slices:
-                    for index in indices:
-                        made = self._part(plan, index, fetched, known, purged)
-                        pairs.append(made[0])
-                        captions.append(made[1])
+            with closing(fetching.parts(on_progress)) as parts:
+                for index, fetched in parts:
+                    made = self._part(plan, index, fetched, known, purged)
+                    pairs.append(made[0])
+                    captions.append(made[1])
         return [*pairs, *captions]
 
     def _is_missing(self, index: int) -> bool:
@@ -189,7 +190,7 @@ class _Intake:
         self,
         plan: Plan,
         index: int,
-        fetched: Passes | None,
+        fetched: PassResults | None,
         known: KnownImages,
         purged: PurgedImages,
     ) -> tuple[PartRef, PartRef]:
@@ -204,8 +205,7 @@ class _Intake:
         begin, end = index * self.config.shard_rows, (index + 1) * self.config.shard_rows
         planned = plan.rows(begin, end)
         pairs: list[dict[str, Any]] = []
-        results = fetched.results(begin, end)
-        samples = self._samples(planned, results, known, purged, pairs)
+        samples = self._samples(planned, fetched, known, purged, pairs)
         _, ranges = write_shard(self.lake, name, samples)
         where = {r.key: r.offset for r in ranges}
         for pair in pairs:
@@ -226,7 +226,12 @@ class _Intake:
         pairs: list[dict[str, Any]],
     ) -> Iterator[Sample]:
         """The images of a shard; a row for each planned row is put into `pairs`."""
-        for row in safe_rows(looked_at(planned, results, self.config), self.config.safety):
+        looked = self._lookers.looked_at(
+            planned,
+            read=partial(read_fetched, results=results),
+            num_bytes=lambda row: results.num_bytes(row["n"]),
+        )
+        for row in safe_rows((each for _, each in looked), self.config.safety):
             pair = row.pair
             pairs.append(pair)
             if row.image is None or row.looks is None:

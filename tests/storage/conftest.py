@@ -30,6 +30,8 @@ def pictures() -> Iterator[PictureServer]:
             state.requests[self.path] += 1
             name = self.path.rpartition("/")[2]
             time.sleep(4.0 if name.startswith("slow") else state.delay_s)
+            if name.startswith("held"):
+                state.released.wait(60)
             code, body, headers = answer(name)
             try:
                 self.send_response(code)

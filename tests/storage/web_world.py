@@ -1,6 +1,7 @@
 """Pictures, addresses and lists that the tests of the intake share."""
 
 import io
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,8 @@ class PictureServer:
     port: int = 0
     delay_s: float = 0.0
     requests: Counter[str] = field(default_factory=Counter)
+    released: threading.Event = field(default_factory=threading.Event)
+    """Set once pictures whose names begin with `held` may be answered."""
 
     @property
     def proxy(self) -> str:
@@ -70,6 +73,8 @@ def answer(name: str) -> tuple[int, bytes, dict[str, str]]:
     plain: dict[str, str] = {}
     if name.startswith("ok"):
         return 200, jpeg(int(name[2:].split(".")[0])), plain
+    if name.startswith("held"):
+        return 200, jpeg(int(name[4:].split(".")[0])), plain
     if name.startswith("photo"):
         return 200, photo(int(name[5:].split(".")[0])), plain
     if name.startswith("copy"):

@@ -23,7 +23,7 @@ from storage.intake.adopting.opened import Files, OpenedSet, open_set
 from storage.intake.download_config import DownloadConfig
 from storage.intake.judged import safe_rows
 from storage.intake.known import KnownImages
-from storage.intake.looking import OF_THE_IMAGE, SMALL_BYTES, Looked, ahead, inspected
+from storage.intake.looking import OF_THE_IMAGE, Looked, Lookers
 from storage.intake.purged import PurgedImages
 from storage.intake.records import (
     IntakeRecord,
@@ -61,6 +61,8 @@ _NOT_PLANNED: dict[str, Any] = {
     "is_placeholder": False,
 }
 """Nobody counted beforehand which addresses and texts would repeat."""
+FILE_BYTES = 128 << 10
+"""Taken for the size of a picture before it is read."""
 
 Progress = Callable[[int, int], None]
 """Called with files done and files in all."""
@@ -129,6 +131,7 @@ class _Adoption:
         folder = lake.scratch("adopt", prefix)
         self._num_rows = 0
         self._rows = SeenImages(folder)
+        self._lookers = Lookers(config)
         self._known = KnownImages(lake, folder, config)
         self._texts = WebTexts(config, self._known.images)
         self._purged = PurgedImages(lake, folder)
@@ -142,7 +145,7 @@ class _Adoption:
         return self
 
     def __exit__(self, *raised: Any) -> None:
-        for each in (self._rows, self._known, self._purged):
+        for each in (self._lookers, self._rows, self._known, self._purged):
             each.__exit__(*raised)
 
     def run(self, on_progress: Progress | None) -> list[PartRef]:
@@ -212,7 +215,7 @@ class _Adoption:
 
         def in_order() -> Iterator[Looked]:
             found_rows = self._unknown(self.opened.rows(file))
-            for looked, found in ahead(self._look, found_rows, _num_bytes):
+            for found, looked in self._lookers.looked_at(found_rows, self._read, _num_bytes):
                 coming.append(found)
                 yield looked
 
@@ -264,20 +267,16 @@ class _Adoption:
         }
         return pair
 
-    def _look(self, found: Found) -> tuple[Looked, Found]:
-        """The pair of a row with what its picture shows; called from several threads."""
+    def _read(self, found: Found) -> tuple[dict[str, Any], bytes | None]:
+        """The pair of a row, and its picture when there is one; called from several threads."""
         pair = self._pair(found)
-        if pair["status"] is not None:
-            return Looked(pair=pair), found
-        image = found.image
-        if image is None:
-            assert found.file is not None
-            try:
-                image = self.opened.root.read_bytes(found.file)
-            except FileNotFoundError:
-                pair |= {"status": "lost", "reason": "its file went while the set was read"}
-                return Looked(pair=pair), found
-        return inspected(pair, image, self.config), found
+        if pair["status"] is not None or found.image is not None:
+            return pair, found.image
+        assert found.file is not None
+        try:
+            return pair, self.opened.root.read_bytes(found.file)
+        except FileNotFoundError:
+            return pair | {"status": "lost", "reason": "its file went while the set was read"}, None
 
     def _commit(
         self, name: str, basis: Basis, rows: list[tuple[dict[str, Any], Found]], clock: Clock
@@ -340,5 +339,5 @@ def _drop_outdated(lake: Lake, own: list[PartRef], basis: Basis, on_stale: OnSta
 
 
 def _num_bytes(found: Found) -> int:
-    """Of the picture; a file, which is still to be read, counts as large."""
-    return len(found.image or b"") if found.file is None else SMALL_BYTES + 1
+    """Of the picture; a file, which is still to be read, counts as one of usual size."""
+    return len(found.image or b"") if found.file is None else FILE_BYTES
