@@ -1,4 +1,4 @@
-"""Image bytes to what a model's transform makes of them; run as a module, the process that does it.
+"""Image bytes to what a model's transform makes of them; `main` is the process that does it.
 
 A process is started with a socket and a piece of shared memory (`flows.decoders`). It imports neither torch nor the
 lake unless a transform needs them, so it is there in a fraction of a second, and it ends when its parent has.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 import pickle
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,7 +92,3 @@ def main(socket_fd: int, memory_fd: int) -> None:
             connection.send((errors, time.perf_counter() - began))
     except (EOFError, ConnectionError):
         return
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))

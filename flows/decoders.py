@@ -9,19 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import pickle
-import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from mmap import mmap
-from multiprocessing.connection import Connection
 from typing import IO, ParamSpec, TypeVar
 
 import numpy as np
@@ -29,6 +24,7 @@ import torch
 from PIL import Image
 
 from flows.decode_worker import Layout, Transform, arrays, decode_into, made_by
+from storage.worker_process import WorkerGone, WorkerProcess
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +50,10 @@ class Decoded:
 
 @dataclass(slots=True)
 class _Process:
-    """A decoding process, its end of the socket and the memory that both see."""
+    """A decoding process, and the arrays in the memory that both see."""
 
-    popen: subprocess.Popen[bytes]
-    connection: Connection
-    memory: mmap
-    out: list[np.ndarray] = field(default_factory=list)
+    worker: WorkerProcess
+    out: list[np.ndarray]
 
 
 class Decoders:
@@ -96,7 +90,7 @@ class Decoders:
     def pids(self) -> list[int]:
         """Ids of the processes that are there."""
         with self._lock:
-            return [process.popen.pid for process in self._all]
+            return [process.worker.pid for process in self._all]
 
     def submit(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Run `work` in one of the threads; it may call `decode`."""
@@ -122,10 +116,10 @@ class Decoders:
             self._is_closed = True
             processes, self._all = self._all, []
         for process in processes:
-            process.popen.kill()  # it has nothing to lose, and a thread may be waiting for its answer
+            process.worker.kill()  # it has nothing to lose, and a thread may be waiting for its answer
         self._pool.shutdown(wait=True, cancel_futures=True)
         for process in processes:
-            _end(process)
+            process.worker.end()
         # What a thread sets for itself, torch also takes for threads that are yet to come: not for ever.
         torch.set_num_threads(torch.get_num_threads())
 
@@ -135,13 +129,10 @@ class Decoders:
             if process is None:
                 process = self._own.process = self._start()
             try:
-                process.connection.send(images)
-                if not process.connection.poll(SILENCE_S):
-                    raise EOFError(f"no word for {SILENCE_S:.0f} s")
-                errors, seconds = process.connection.recv()
+                errors, seconds = process.worker.ask(images, SILENCE_S)
                 pixels = _tensors([array[: len(images)].copy() for array in process.out])
                 return Decoded(pixels=pixels, errors=errors, seconds=seconds)
-            except (EOFError, OSError) as err:
+            except WorkerGone as err:
                 self._own.process = None
                 self._bury(process, err)
         if len(images) == 1:
@@ -169,17 +160,17 @@ class Decoders:
             self._all.append(process)
         return process
 
-    def _bury(self, process: _Process, why: Exception) -> None:
+    def _bury(self, process: _Process, why: WorkerGone) -> None:
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("decoding was stopped")
             self._all.remove(process)
-        status = _end(process)
+        status = process.worker.end()
         logger.warning(
-            "decoding process %d ended with status %s (%s); its images are decoded again",
-            process.popen.pid,
+            "decoding process %d ended with status %d (%s); its images are decoded again",
+            process.worker.pid,
             status,
-            str(why) or type(why).__name__,
+            why,
         )
 
 
@@ -194,22 +185,14 @@ def _tensors(made: Sequence[np.ndarray]) -> list[torch.Tensor]:
 
 
 def _started(transforms: Sequence[Transform], layouts: Sequence[Layout]) -> _Process:
-    ours, theirs = socket.socketpair()
     num_bytes = CHUNK_IMAGES * sum(layout.num_bytes for layout in layouts)
-    with _nameless_file() as file, theirs:
+    with _nameless_file() as file:
         file.truncate(num_bytes)
         memory = mmap(file.fileno(), num_bytes)
-        command = [sys.executable, "-m", "flows.decode_worker"]
-        popen = subprocess.Popen(
-            [*command, str(theirs.fileno()), str(file.fileno())],
-            stdin=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(), file.fileno()),
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-    connection = Connection(ours.detach())
-    with contextlib.suppress(OSError):  # one that died at once is noticed when it is asked
-        connection.send_bytes(pickle.dumps((list(transforms), list(layouts), CHUNK_IMAGES)))
-    return _Process(popen, connection, memory, arrays(memory, layouts, CHUNK_IMAGES))
+        worker = WorkerProcess("flows.decode_worker", file.fileno())
+    with contextlib.suppress(WorkerGone):  # one that died at once is noticed when it is asked
+        worker.tell((list(transforms), list(layouts), CHUNK_IMAGES))
+    return _Process(worker, arrays(memory, layouts, CHUNK_IMAGES))
 
 
 def _nameless_file() -> IO[bytes]:
@@ -220,14 +203,3 @@ def _nameless_file() -> IO[bytes]:
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("decoded"), "r+b")
     return tempfile.TemporaryFile(prefix="decoded-")
-
-
-def _end(process: _Process) -> int | None:
-    """Close the socket and wait for the process, which then ends; its exit status."""
-    with contextlib.suppress(OSError):
-        process.connection.close()
-    try:
-        return process.popen.wait(timeout=1.0)
-    except subprocess.TimeoutExpired:
-        process.popen.kill()
-        return process.popen.wait()

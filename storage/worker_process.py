@@ -25,12 +25,12 @@ class WorkerProcess:
     """One process, for one thread at a time; `end` it."""
 
     def __init__(self, module: str, *fds: int) -> None:
-        """Run a module, whose arguments are the number of its socket and `fds`, which it inherits; it calls `serve`."""
+        """Run a module's `main` with the number of its socket and `fds`, which it inherits; it calls `serve`."""
         ours, theirs = socket.socketpair()
         with theirs:
             given = (theirs.fileno(), *fds)
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, *map(str, given)],
+                [sys.executable, "-P", "-c", f"from {module} import main; main{given}"],
                 stdin=subprocess.DEVNULL,
                 pass_fds=given,
                 env=environment() | {"OMP_NUM_THREADS": "1"},
@@ -42,10 +42,17 @@ class WorkerProcess:
         """Of the process."""
         return self._process.pid
 
-    def ask(self, message: Any, silence_s: float) -> Any:
-        """The answer to a message; both are pickled. WorkerGone when none comes within `silence_s`."""
+    def tell(self, message: Any) -> None:
+        """Send a message that has no answer; it is pickled. WorkerGone when it cannot be sent."""
         try:
             self._connection.send(message)
+        except OSError as err:
+            raise WorkerGone(str(err) or type(err).__name__) from err
+
+    def ask(self, message: Any, silence_s: float) -> Any:
+        """The answer to a message; both are pickled. WorkerGone when none comes within `silence_s`."""
+        self.tell(message)
+        try:
             if not self._connection.poll(silence_s):
                 raise WorkerGone(f"no word for {silence_s:.0f} s")
             return self._connection.recv()

@@ -1,6 +1,4 @@
-"""What pictures show; run as a module, the process that looks at them (`looking.Lookers` starts it)."""
-
-import sys
+"""What pictures show; `main` is the process that looks at them (`looking.Lookers` starts it)."""
 
 from storage import ids
 from storage.intake.images import Inspected, inspect_image
@@ -19,10 +17,11 @@ def see(image: bytes, limits: Limits) -> Seen:
     return found, ids.image_id(image) if found.status == OK else ""
 
 
+def main(socket_fd: int) -> None:
+    """Look at what comes through the socket until it is closed."""
+    serve(socket_fd, _see_all)
+
+
 def _see_all(asked: tuple[list[bytes], Limits]) -> list[Seen]:
     images, limits = asked
     return [see(image, limits) for image in images]
-
-
-if __name__ == "__main__":
-    serve(int(sys.argv[1]), _see_all)

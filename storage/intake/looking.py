@@ -36,6 +36,8 @@ TRIES = 2
 SILENCE_S = 300.0
 """A process that says nothing for so long over one chunk is taken for dead."""
 
+WORKER = "storage.intake.look_worker"
+
 Row = TypeVar("Row")
 
 OF_THE_IMAGE = ("phash", "looks", "width", "height")
@@ -148,7 +150,7 @@ class Lookers:
         with self._lock:
             if self._is_closed:
                 raise RuntimeError("looking was stopped")  # nobody waits for this
-            process = WorkerProcess("storage.intake.look_worker")
+            process = WorkerProcess(WORKER)
             self._all.append(process)
         return process
 
