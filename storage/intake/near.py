@@ -21,10 +21,12 @@ import numpy as np
 BANDS, BAND_BITS = 4, 16
 TAIL = 8192
 """Hashes that are compared one by one before they become a segment."""
-_WINDOW = 1 << 17
+_WINDOW = 1 << 15
 """Entries of segments in memory at a time, 16 bytes each."""
 _KEYS = BANDS << BAND_BITS
 """A key is a band and its bits."""
+_SHIFTS = np.arange(0, BANDS * BAND_BITS, BAND_BITS, dtype=np.uint64)[:, None]
+_FIRST_KEYS = np.arange(0, _KEYS, 1 << BAND_BITS)[:, None]
 _ENTRY = np.dtype([("hash", np.uint64), ("place", np.uint64)])
 _ENTRY_BYTES = _ENTRY.itemsize
 
@@ -239,11 +241,9 @@ def _written(pieces: Iterable[np.ndarray], starts: np.ndarray, folder: Path) -> 
 
 def _bands(hashes: np.ndarray) -> np.ndarray:
     """(BANDS, N) uint16 of (N,) uint64."""
-    shifts = np.arange(0, BANDS * BAND_BITS, BAND_BITS, dtype=np.uint64)
-    return (hashes >> shifts[:, None]).astype(np.uint16)
+    return (hashes >> _SHIFTS).astype(np.uint16)
 
 
 def _keys(hashes: np.ndarray) -> np.ndarray:
-    """(BANDS, N) int64 of (N,) uint64: bands one after the other."""
-    firsts = np.arange(0, _KEYS, 1 << BAND_BITS)
-    return _bands(hashes) + firsts[:, None]
+    """(BANDS, N) int64 of (N,) uint64."""
+    return _bands(hashes) + _FIRST_KEYS

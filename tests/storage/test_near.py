@@ -101,7 +101,6 @@ from pathlib import Path
 import numpy as np
 from storage.intake import near
 
-near._WINDOW = 1 << 14
 drawn = np.random.default_rng(0)
 
 def most_mib():
