@@ -5,17 +5,19 @@
 Each picture of the folders (JPEG, PNG) is changed in each of twelve ways and looked for among all of them: `recall` is
 the share whose original is found, `wrong` the number for which another is. Then every picture is looked for among those
 before it: each hit is a true copy in the folder or a false one, and is named to be looked at. With `--known`, so many
-made-up hashes are put into the index, five a picture, and pictures are looked up: seconds, and memory of the process.
-Without `--images` only the speed is measured.
+made-up hashes are put into the index, five a picture, and half a tail more, and pictures are looked up: seconds, memory of
+the process (looked at each 5 ms: what is its own, what is mapped from files, and the most of both together), disk. Without `--images` only the speed is measured.
 """
 
 import argparse
 import io
 import json
-import resource
+import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from storage.intake.alike import KnownLooks
 from storage.intake.looks import EDGE_BITS, VIEWS, looks_of
-from storage.intake.near import NearIndex
+from storage.intake.near import TAIL, NearIndex
 
 BATCH = 10_000
 LOOKED_UP = 2000
@@ -125,13 +127,46 @@ def alike(folder: Path, scratch: Path) -> dict[str, Any]:
     }
 
 
+def memory_mib() -> dict[str, float]:
+    """What the kernel says of this process: VmHWM, RssAnon, RssFile and others, in MiB."""
+    lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+    return {line[0].rstrip(":"): int(line[1]) / 1024 for line in lines if line[-1:] == ["kB"]}
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """The most of each figure of `memory_mib` while the block runs; VmHWM is the kernel's own, since the process began."""
+    most = memory_mib()
+    ended = threading.Event()
+
+    def look() -> None:
+        for name, value in memory_mib().items():
+            most[name] = max(most[name], value)
+
+    def watch() -> None:
+        while not ended.wait(0.005):
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        thread.join()
+        look()
+
+
 def speed(known: int, scratch: Path) -> dict[str, Any]:
     """So many hashes in the index, then pictures looked up in it: random hashes share bands as seldom as can be."""
     drawn = np.random.default_rng(0)
-    with NearIndex(scratch, EDGE_BITS) as index:
+    more = TAIL // 2
+    with watched() as most, NearIndex(scratch, EDGE_BITS) as index:
+        free = os.statvfs(scratch).f_bavail
+        before = most.copy()
         began = time.perf_counter()
-        for first in range(0, known, BATCH):
-            number = min(BATCH, known - first)
+        for first in range(0, known + more, BATCH):
+            number = min(BATCH, known + more - first)
             hashes = drawn.integers(0, 2**64, number, dtype=np.uint64)
             index.add(hashes, np.arange(first, first + number, dtype=np.uint64))
         added = time.perf_counter() - began
@@ -140,12 +175,16 @@ def speed(known: int, scratch: Path) -> dict[str, Any]:
         for each in asked:
             index.within(each)
         looked_up = (time.perf_counter() - began) / LOOKED_UP
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        used = (free - os.statvfs(scratch).f_bavail) * os.statvfs(scratch).f_frsize
     return {
         "name": f"index of {known:,} hashes",
         "seconds to build": round(added, 1),
         "ms to look a picture up": round(1000 * looked_up, 3),
-        "peak MiB": round(peak),
+        "MiB before": round(before["VmRSS"]),
+        "most MiB of its own": round(most["RssAnon"]),
+        "most MiB mapped from files": round(most["RssFile"]),
+        "most MiB together": round(most["VmHWM"]),
+        "MiB of disk": round(used / 2**20),
     }
 
 
