@@ -7,10 +7,8 @@ takes its process with it every time is an error of that picture and of no other
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,17 +22,14 @@ import torch
 from PIL import Image
 
 from flows.decode_worker import Layout, Transform, arrays, decode_into, made_by
+from storage.worker_pool import WorkerPool
 from storage.worker_process import WorkerGone, WorkerProcess
-
-logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 CHUNK_IMAGES = 16
 """Images that a process decodes at a time."""
-TRIES = 2
-"""How often a chunk is given to a process before it is taken apart."""
 SILENCE_S = 300.0
 """A process that says nothing for so long over one chunk is taken for dead."""
 
@@ -48,12 +43,18 @@ class Decoded:
     seconds: float
 
 
-@dataclass(slots=True)
-class _Process:
+class _Process(WorkerProcess):
     """A decoding process, and the arrays in the memory that both see."""
 
-    worker: WorkerProcess
-    out: list[np.ndarray]
+    def __init__(self, transforms: Sequence[Transform], layouts: Sequence[Layout]) -> None:
+        num_bytes = CHUNK_IMAGES * sum(layout.num_bytes for layout in layouts)
+        with _nameless_file() as file:
+            file.truncate(num_bytes)
+            memory = mmap(file.fileno(), num_bytes)
+            super().__init__("flows.decode_worker", file.fileno())
+        self.out = arrays(memory, layouts, CHUNK_IMAGES)
+        with contextlib.suppress(WorkerGone):  # one that died at once is noticed when it is asked
+            self.tell((list(transforms), list(layouts), CHUNK_IMAGES))
 
 
 class Decoders:
@@ -66,14 +67,10 @@ class Decoders:
         self.transforms = list(transforms)
         self.layouts = [_layout_of(transform) for transform in self.transforms]
         self.workers = workers
-        self._uses_processes = processes
+        self._processes = WorkerPool(self._started, "decodes pictures") if processes else None
         # A thread's own setting: resizing must not ask for the cores that the model computes on.
         one_core = partial(torch.set_num_threads, 1)
         self._pool = ThreadPoolExecutor(workers, "decode", initializer=one_core)
-        self._own = threading.local()
-        self._all: list[_Process] = []
-        self._lock = threading.Lock()
-        self._is_closed = False
 
     def __enter__(self) -> Decoders:
         return self
@@ -89,8 +86,7 @@ class Decoders:
     @property
     def pids(self) -> list[int]:
         """Ids of the processes that are there."""
-        with self._lock:
-            return [process.worker.pid for process in self._all]
+        return self._processes.pids if self._processes is not None else []
 
     def submit(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Run `work` in one of the threads; it may call `decode`."""
@@ -100,8 +96,8 @@ class Decoders:
         """Decode a chunk; call it in a thread of this pool, or in any other without processes."""
         if not images:
             return Decoded(pixels=[], errors=[], seconds=0.0)
-        if self._uses_processes:
-            return self._decode_in_process(images)
+        if self._processes is not None:
+            return _joined(list(self._processes.answers(images, _ask, self._given_up)))
         began = time.perf_counter()
         out = [np.empty((len(images), *each.shape), each.dtype) for each in self.layouts]
         errors = [
@@ -112,66 +108,37 @@ class Decoders:
 
     def close(self) -> None:
         """Stop threads and processes; what was not begun is dropped."""
-        with self._lock:
-            self._is_closed = True
-            processes, self._all = self._all, []
-        for process in processes:
-            process.worker.kill()  # it has nothing to lose, and a thread may be waiting for its answer
+        if self._processes is not None:
+            self._processes.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
-        for process in processes:
-            process.worker.end()
+        if self._processes is not None:
+            self._processes.join()
         # What a thread sets for itself, torch also takes for threads that are yet to come: not for ever.
         torch.set_num_threads(torch.get_num_threads())
 
-    def _decode_in_process(self, images: list[bytes]) -> Decoded:
-        for _ in range(TRIES):
-            process: _Process | None = getattr(self._own, "process", None)
-            if process is None:
-                process = self._own.process = self._start()
-            try:
-                errors, seconds = process.worker.ask(images, SILENCE_S)
-                pixels = _tensors([array[: len(images)].copy() for array in process.out])
-                return Decoded(pixels=pixels, errors=errors, seconds=seconds)
-            except WorkerGone as err:
-                self._own.process = None
-                self._bury(process, err)
-        if len(images) == 1:
-            return self._given_up()
-        middle = len(images) // 2
-        halves = [self._decode_in_process(half) for half in (images[:middle], images[middle:])]
-        return Decoded(
-            pixels=[
-                torch.cat(pair) for pair in zip(*(half.pixels for half in halves), strict=True)
-            ],
-            errors=[error for half in halves for error in half.errors],
-            seconds=sum(half.seconds for half in halves),
-        )
+    def _started(self) -> _Process:
+        return _Process(self.transforms, self.layouts)
 
-    def _given_up(self) -> Decoded:
+    def _given_up(self, image: bytes) -> Decoded:
         """One picture that ended its process every time."""
         pixels = [torch.from_numpy(np.zeros((1, *each.shape), each.dtype)) for each in self.layouts]
         return Decoded(pixels=pixels, errors=["the process that decoded it died"], seconds=0.0)
 
-    def _start(self) -> _Process:
-        with self._lock:
-            if self._is_closed:
-                raise RuntimeError("decoding was stopped")  # nobody waits for this
-            process = _started(self.transforms, self.layouts)
-            self._all.append(process)
-        return process
 
-    def _bury(self, process: _Process, why: WorkerGone) -> None:
-        with self._lock:
-            if self._is_closed:
-                raise RuntimeError("decoding was stopped")
-            self._all.remove(process)
-        status = process.worker.end()
-        logger.warning(
-            "decoding process %d ended with status %d (%s); its images are decoded again",
-            process.worker.pid,
-            status,
-            why,
-        )
+def _ask(process: _Process, images: list[bytes]) -> Decoded:
+    errors, seconds = process.ask(images, SILENCE_S)
+    pixels = _tensors([array[: len(images)].copy() for array in process.out])
+    return Decoded(pixels=pixels, errors=errors, seconds=seconds)
+
+
+def _joined(parts: list[Decoded]) -> Decoded:
+    if len(parts) == 1:
+        return parts[0]
+    return Decoded(
+        pixels=[torch.cat(each) for each in zip(*(part.pixels for part in parts), strict=True)],
+        errors=[error for part in parts for error in part.errors],
+        seconds=sum(part.seconds for part in parts),
+    )
 
 
 def _layout_of(transform: Transform) -> Layout:
@@ -182,17 +149,6 @@ def _layout_of(transform: Transform) -> Layout:
 
 def _tensors(made: Sequence[np.ndarray]) -> list[torch.Tensor]:
     return [torch.from_numpy(array) for array in made]
-
-
-def _started(transforms: Sequence[Transform], layouts: Sequence[Layout]) -> _Process:
-    num_bytes = CHUNK_IMAGES * sum(layout.num_bytes for layout in layouts)
-    with _nameless_file() as file:
-        file.truncate(num_bytes)
-        memory = mmap(file.fileno(), num_bytes)
-        worker = WorkerProcess("flows.decode_worker", file.fileno())
-    with contextlib.suppress(WorkerGone):  # one that died at once is noticed when it is asked
-        worker.tell((list(transforms), list(layouts), CHUNK_IMAGES))
-    return _Process(worker, arrays(memory, layouts, CHUNK_IMAGES))
 
 
 def _nameless_file() -> IO[bytes]:

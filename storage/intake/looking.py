@@ -4,7 +4,6 @@ A look at a picture is many short calls, between which threads only wait for one
 picture was the first of its kind) is left to whoever takes the rows in their order.
 """
 
-import logging
 import os
 import threading
 from collections import deque
@@ -20,9 +19,8 @@ from storage.intake.look_worker import Seen, see
 from storage.intake.looks import Looks
 from storage.intake.passes import PassResults
 from storage.schemas import OK
-from storage.worker_process import WorkerGone, WorkerProcess
-
-logger = logging.getLogger(__name__)
+from storage.worker_pool import WorkerPool
+from storage.worker_process import WorkerProcess
 
 WORKERS = min(8, os.cpu_count() or 1)
 CHUNK_ROWS, CHUNK_BYTES = 32, 2 << 20
@@ -31,12 +29,11 @@ AHEAD = 2 * WORKERS
 """Chunks, and so pictures in memory."""
 FEW = 64
 """So many pictures are looked at before a process is started for more."""
-TRIES = 2
-"""How often a chunk is given to a process before it is taken apart."""
 SILENCE_S = 300.0
 """A process that says nothing for so long over one chunk is taken for dead."""
 
 WORKER = "storage.intake.look_worker"
+_FATAL: Seen = (Inspected(status="decode_error", reason="brings the decoder down"), "")
 
 Row = TypeVar("Row")
 
@@ -59,12 +56,10 @@ class Lookers:
 
     def __init__(self, config: DownloadConfig) -> None:
         self._limits = (config.min_image_side_px, config.max_image_pixels)
-        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="look")
-        self._own = threading.local()
+        self._threads = ThreadPoolExecutor(WORKERS, thread_name_prefix="look")
+        self._processes = WorkerPool(lambda: WorkerProcess(WORKER), "looks at pictures")
         self._lock = threading.Lock()
-        self._all: list[WorkerProcess] = []
         self._num_seen = 0
-        self._is_closed = False
 
     def __enter__(self) -> "Lookers":
         return self
@@ -75,20 +70,14 @@ class Lookers:
         err: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        with self._lock:
-            self._is_closed = True
-            processes, self._all = self._all, []
-        for process in processes:
-            process.kill()  # it has nothing to lose, and a thread may be waiting for its answer
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        for process in processes:
-            process.end()
+        self._processes.stop()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._processes.join()
 
     @property
     def pids(self) -> list[int]:
         """Ids of the processes that are there."""
-        with self._lock:
-            return [process.pid for process in self._all]
+        return self._processes.pids
 
     def looked_at(
         self,
@@ -112,7 +101,7 @@ class Lookers:
 
         pending: deque[Future[list[tuple[Row, Looked]]]] = deque()
         for chunk in _chunks(rows, num_bytes):
-            pending.append(self._pool.submit(look, chunk))
+            pending.append(self._threads.submit(look, chunk))
             if len(pending) > AHEAD:
                 yield from pending.popleft().result()
         while pending:
@@ -124,48 +113,14 @@ class Lookers:
             are_few = self._num_seen <= FEW
         if are_few:
             return [see(image, self._limits) for image in images]
-        return self._see_in_process(images) if images else []
+        if not images:
+            return []
+        parts = self._processes.answers(images, self._ask, lambda _: [_FATAL])
+        return [seen for part in parts for seen in part]
 
-    def _see_in_process(self, images: list[bytes]) -> list[Seen]:
-        for _ in range(TRIES):
-            process: WorkerProcess | None = getattr(self._own, "process", None)
-            if process is None:
-                process = self._own.process = self._started()
-            try:
-                seen: list[Seen] = process.ask((images, self._limits), SILENCE_S)
-                return seen
-            except WorkerGone as err:
-                self._own.process = None
-                self._bury(process, err)
-        if len(images) == 1:
-            # It takes its process along every time: its own fault, and no other picture's.
-            return [(Inspected(status="decode_error", reason="brings the decoder down"), "")]
-        middle = len(images) // 2
-        return [
-            *self._see_in_process(images[:middle]),
-            *self._see_in_process(images[middle:]),
-        ]
-
-    def _started(self) -> WorkerProcess:
-        with self._lock:
-            if self._is_closed:
-                raise RuntimeError("looking was stopped")  # nobody waits for this
-            process = WorkerProcess(WORKER)
-            self._all.append(process)
-        return process
-
-    def _bury(self, process: WorkerProcess, why: WorkerGone) -> None:
-        with self._lock:
-            if self._is_closed:
-                raise RuntimeError("looking was stopped")
-            self._all.remove(process)
-        status = process.end()
-        logger.warning(
-            "process %d, which looked at pictures, ended with status %d (%s); they are looked at again",
-            process.pid,
-            status,
-            why,
-        )
+    def _ask(self, process: WorkerProcess, images: list[bytes]) -> list[Seen]:
+        seen: list[Seen] = process.ask((images, self._limits), SILENCE_S)
+        return seen
 
 
 def read_fetched(row: dict[str, Any], results: PassResults) -> tuple[dict[str, Any], bytes | None]:
