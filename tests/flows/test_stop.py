@@ -102,7 +102,7 @@ def test_kill_leaves_no_decoding_process_and_the_same_command_the_same_bytes(
     process = start(decode_in="processes", decode_workers=2)
     _wait_for_first_part(cycle, process)
     children = psutil.Process(process.pid).children(recursive=True)
-    assert any("flows.decode_worker" in child.cmdline() for child in children)
+    assert any("flows.decode_worker" in " ".join(child.cmdline()) for child in children)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     _, alive = psutil.wait_procs(children, timeout=20)

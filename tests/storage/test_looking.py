@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,3 +93,23 @@ def test_picture_that_brings_its_process_down_is_the_only_one_that_fails(
     expected[FEW + 20] = "decode_error"
     assert outcomes(looked) == expected
     assert looked[FEW + 20][1].pair["reason"] == "brings the decoder down"
+
+
+def test_processes_end_with_a_parent_that_is_killed() -> None:
+    code = (
+        "import sys, time\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from test_looking import CONFIG, NUM, PICTURES, Lookers, rows_of\n"
+        "with Lookers(CONFIG) as lookers:\n"
+        "    list(rows_of(lookers, [PICTURES[n % 10] for n in range(NUM)]))\n"
+        "    print(*lookers.pids, flush=True)\n"
+        "    time.sleep(100)\n"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert workers
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
