@@ -14,7 +14,7 @@ from typing import Any
 
 import storage
 from storage import layout
-from storage.intake import launch_img2dataset as launcher
+from storage.intake import leftovers
 from storage.lake import Lake
 
 SCRIPT = """
@@ -39,7 +39,7 @@ def start(
 
 def processes_of(folder: Path | str) -> list[int]:
     """Processes that download into a folder, or below it."""
-    mark = f"{launcher.OWNER}={folder}".encode()
+    mark = f"{leftovers.OWNER}={folder}".encode()
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
