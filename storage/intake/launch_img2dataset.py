@@ -96,7 +96,9 @@ def _die_with_parent() -> None:
 
 
 def _get_context(method: str | None = None) -> Any:
-    return _Context() if method == "spawn" else _real_get_context(method)
+    if method == "spawn":
+        return _real_get_context("fork") if own_ray.FOLDER in os.environ else _Context()
+    return _real_get_context(method)
 
 
 def _prepare() -> None:
@@ -107,14 +109,16 @@ def _prepare() -> None:
     # webdataset and albumentations take torch where it can be had, and then use none of it here.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     sys.modules.setdefault("wandb", types.ModuleType("wandb"))
-    if own_ray.FOLDER in os.environ:
-        _say_into(Path(os.environ[OWNER]) / LOG)
-    else:
-        # img2dataset imports it where it can be had.
-        sys.modules.setdefault("ray", None)  # type: ignore[arg-type]
     # img2dataset asks for "spawn" by name, for its pool and for its logger.
     multiprocessing.get_context = _get_context
-    multiprocessing.context.SpawnProcess = _Worker  # type: ignore[misc, assignment]
+    if own_ray.FOLDER in os.environ:
+        _say_into(Path(os.environ[OWNER]) / LOG)
+        # The logger alone: no fork server is worth its while, and no thread is there yet when it is forked.
+        multiprocessing.context.SpawnProcess = multiprocessing.context.ForkProcess  # type: ignore[misc, assignment]
+    else:
+        multiprocessing.context.SpawnProcess = _Worker  # type: ignore[misc, assignment]
+        # img2dataset imports it where it can be had.
+        sys.modules.setdefault("ray", None)  # type: ignore[arg-type]
     _install_opener()
 
 

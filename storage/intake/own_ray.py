@@ -26,7 +26,7 @@ FOLDER = "BOOTSTRAP_RAY_FOLDER"
 OBJECT_STORE_BYTES = 80 << 20
 """Ray takes no less than 75 MiB, and what goes through it here are names of files."""
 
-MOST_PARENT_CHARS = 25
+MOST_PARENT_CHARS = 22
 """Ray puts some 80 characters behind it, and a socket's path may have 103."""
 
 _ENVIRONMENT = {
@@ -108,7 +108,8 @@ def distribute(
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
-        _temp_dir=os.environ[FOLDER],
+        # Within it, for Ray lets everybody write into its own.
+        _temp_dir=f"{os.environ[FOLDER]}/r",
     )
     task = ray.remote(num_cpus=1, max_retries=0)(_downloaded)
     shared = ray.put(downloader)

@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import storage
 from storage import layout
@@ -26,7 +26,11 @@ ingest_urls(lake, urls, DownloadConfig(**config), round=1)
 
 
 def start(
-    lake: Lake, url_list: Path, config: Mapping[str, Any], **environment: str
+    lake: Lake,
+    url_list: Path,
+    config: Mapping[str, Any],
+    stderr: IO[bytes] | None = None,
+    **environment: str,
 ) -> subprocess.Popen[bytes]:
     """Begin to take a list in."""
     home = str(Path(storage.__file__).parents[1])
@@ -34,6 +38,7 @@ def start(
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, lake.uri, str(url_list), json.dumps(config)],
         env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)},
+        stderr=stderr,
     )
 
 
