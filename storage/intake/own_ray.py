@@ -6,6 +6,7 @@ latter: it is an extra, and slow to import.
 
 import os
 import secrets
+import site
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,7 @@ def guarded_environment(folder: Path) -> Iterator[dict[str, str]]:
     system = tempfile.gettempdir()
     parent = system if len(system) <= MOST_PARENT_CHARS else "/tmp"
     with tempfile.TemporaryDirectory(prefix="ray-", dir=parent, ignore_cleanup_errors=True) as own:
+        (Path(own) / "ray_bootstrap_config.yaml").write_text("{}\n")
         guard = subprocess.Popen(
             [sys.executable, "-I", "-S", leftovers.__file__, str(os.getpid()), str(folder), own],
             # With the mark: a later download into the folder ends this guard before it begins.
@@ -82,7 +84,14 @@ def guarded_environment(folder: Path) -> Iterator[dict[str, str]]:
             start_new_session=True,
         )
         try:
-            yield _ENVIRONMENT | {FOLDER: own, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            yield _ENVIRONMENT | {
+                FOLDER: own,
+                "RAY_AUTH_TOKEN": secrets.token_hex(32),
+                # Without a file of that name in its home, Ray asks the metadata services of three clouds where it is,
+                # usage statistics or not. It has no business in the user's home either.
+                "HOME": own,
+                "PYTHONUSERBASE": site.getuserbase(),
+            }
         finally:
             guard.kill()
             guard.wait()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,17 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
         yield Web(web, path, lake, asked=dict(web.requests))
 
 
+@contextmanager
+def _begun(*given: Any, **environment: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A run that is killed when the test is over, should it still be there."""
+    run = start(*given, **environment)
+    try:
+        yield run
+    finally:
+        run.kill()
+        run.wait()
+
+
 def _wait_for(
     what: Callable[[], object], run: subprocess.Popen[bytes], longest_s: float = 90.0
 ) -> None:
@@ -101,13 +113,12 @@ def test_ray_gives_the_tables_of_multiprocessing_and_asks_what_it_asks(
     home.mkdir()
     web.requests.clear()
     lake = Lake.open(str(tmp_path / "lake"), create=True)
-    run = start(lake, fetched.path, RAY, HOME=str(home))
-    _wait_for(lambda: web.requests.total() > 1, run)
-    assert len(_rays(lake, WORKER)) >= 2, "no worker of Ray's is there"
-    assert _listening(processes_of(lake.scratch())) == {"loopback"}
-    (folder,) = _folders(lake)
-    assert folder.stat().st_mode & 0o77 == 0
-    assert run.wait(120) == 0
+    with _begun(lake, fetched.path, RAY | {"host_delay_s": 0.03}, HOME=str(home)) as run:
+        _wait_for(lambda: len(_rays(lake, WORKER)) == 2, run)
+        assert _listening(processes_of(lake.scratch())) == {"loopback"}
+        (folder,) = _folders(lake)
+        assert folder.stat().st_mode & 0o77 == 0
+        assert run.wait(120) == 0
     assert_same(lake, fetched.lake)
     statuses = query(lake, "SELECT DISTINCT status FROM pairs ORDER BY 1").to_pydict()["status"]
     assert statuses == ["blocked_address", "ok", "opted_out", "robots"]
@@ -146,28 +157,20 @@ def test_ray_killed_anywhere_the_tables_are_the_same_and_nothing_is_left(
 ) -> None:
     web, lake = fetched.web, Lake.open(str(tmp_path / "lake"), create=True)
     web.requests.clear()
-    errors = tmp_path / "errors"
-    with errors.open("wb") as stderr:
-        run = start(lake, fetched.path, RAY | {"host_delay_s": 0.05}, stderr=stderr)
-
-    def kill(name: str) -> list[int]:
-        """Kill the first process of a name once a few more requests have come; all of the run's then."""
+    errors, slow = tmp_path / "errors", RAY | {"host_delay_s": 0.05, "processes": 1}
+    with errors.open("wb") as stderr, _begun(lake, fetched.path, slow, stderr=stderr) as run:
+        for name in (WORKER, "raylet"):
+            seen = web.requests.total()
+            _wait_for(lambda: web.requests.total() > seen + 3 and _rays(lake, name), run)  # noqa: B023
+            before = set(processes_of(lake.scratch()))
+            os.kill(_rays(lake, name)[0], signal.SIGKILL)
+            # Begun again, by processes none of which was there.
+            _wait_for(lambda: not before & set(processes_of(lake.scratch())), run)  # noqa: B023
         seen = web.requests.total()
-        _wait_for(lambda: web.requests.total() > seen + 3 and _rays(lake, name), run)
-        everybody = processes_of(lake.scratch())
-        os.kill(_rays(lake, name)[0], signal.SIGKILL)
-        return everybody
-
-    for name in (WORKER, "raylet"):
-        before = kill(name)
-        # Begun again, by processes none of which was there.
-        _wait_for(lambda gone=before: not {*gone} & {*processes_of(lake.scratch())}, run)  # type: ignore[misc]
+        _wait_for(lambda: web.requests.total() > seen + 3 and _rays(lake, WORKER), run)
+        (folder,) = _folders(lake)
     assert "img2dataset lost a worker; restarting" in errors.read_text()
-    seen = web.requests.total()
-    _wait_for(lambda: web.requests.total() > seen + 3 and _rays(lake, WORKER), run)
-    (folder,) = _folders(lake)
-    run.kill()
-    run.wait()
+    # The run is killed by now.
     until = time.monotonic() + 60
     while processes_of(lake.scratch()) and time.monotonic() < until:
         time.sleep(0.05)
@@ -188,7 +191,7 @@ if any(each.endswith("default_worker.py") for each in sys.orig_argv):
 """A sitecustomize.py: workers of Ray's do not know that they are to install the opener."""
 
 
-def test_ray_worker_without_the_opener_downloads_nothing(fetched: Web, tmp_path: Path) -> None:
+def test_ray_without_the_opener_asks_for_nothing(fetched: Web, tmp_path: Path) -> None:
     web, lake = fetched.web, Lake.open(str(tmp_path / "lake"), create=True)
     web.requests.clear()
     (tmp_path / "sitecustomize.py").write_text(UNMARKED)
@@ -197,13 +200,14 @@ def test_ray_worker_without_the_opener_downloads_nothing(fetched: Web, tmp_path:
         run = start(
             lake,
             fetched.path,
-            RAY | {"max_restarts": 0},
+            # As a proxy it sees whatever any process of Ray's asks for, too.
+            RAY | {"max_restarts": 0, "http_proxy": web.url("").rstrip("/")},
             stderr=stderr,
             PYTHONPATH=str(tmp_path),
         )
         assert run.wait(120) != 0
     assert "downloads nothing: no opener" in errors.read_text()
-    assert web.requests.total() == 0
+    assert dict(web.requests) == {}
     assert web.trapped == []
 
 
