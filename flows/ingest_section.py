@@ -166,6 +166,8 @@ class IngestSettings(Section):
     out since, or were taken down, are purged. null asks for none."""
     recheck_most: int = Field(default=100_000, ge=1)
     """Most images asked for again before one round."""
+    distributor: Literal["multiprocessing", "ray"] = "multiprocessing"
+    """What hands shards to img2dataset's processes; ray (extra `ray`) is started for the run on this machine, and gone with it."""
     processes: int = Field(default=1, ge=1)
     """Processes of img2dataset."""
     threads: int = Field(default=32, ge=1)

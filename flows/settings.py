@@ -45,6 +45,7 @@ NOT_IN_FINGERPRINTS = ("preset", "cycle", "machine", "curate", "audit", "compare
 """Sections that change how or where a run happens, not what it makes."""
 INGEST_NOT_IN_FINGERPRINTS = (
     "http_proxy",
+    "distributor",
     "processes",
     "threads",
     "stall_timeout_s",

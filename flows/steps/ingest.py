@@ -50,6 +50,8 @@ def ingest_all(run: Run, on_progress: Callable[[int, int], None]) -> list[PartRe
                 "there is nothing to take in: give ingest.url_lists or ingest.image_sets, ingest.human and "
                 "ingest.heldout (see README), or a preset with a world such as quickstart"
             )
+        # First, for what it refuses.
+        download = download_config(settings, run.settings.machine.device)
         configs = [CaptionSetConfig(**s.model_dump(), pool="human") for s in settings.human]
         configs += [CaptionSetConfig(**s.model_dump(), pool="heldout") for s in settings.heldout]
         for config in configs:
@@ -60,7 +62,6 @@ def ingest_all(run: Run, on_progress: Callable[[int, int], None]) -> list[PartRe
         )
         drawn = draw_canaries(run.lake, run.round, draw, on_stale=run.on_stale)
         parts += [drawn] if drawn is not None else []
-        download = download_config(settings, run.settings.machine.device)
         for position, url_list in enumerate(settings.url_lists):
             parts += ingest_urls(
                 run.lake,

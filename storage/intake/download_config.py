@@ -8,6 +8,7 @@ from storage.errors import ConfigError
 from storage.intake.fetching.addresses import address_rules
 from storage.intake.fetching.hosts import HostRules
 from storage.intake.fetching.opener import OpenerConfig
+from storage.intake.own_ray import require_ray
 from storage.intake.safety import Safety
 from storage.intake.text_rules import PLACEHOLDER, checked_rules
 
@@ -81,6 +82,8 @@ class DownloadConfig:
     """In how many later rounds a row whose failure may pass is asked for again, when its list comes again."""
     http_proxy: str | None = None
     """Proxy for http addresses; None takes the environment's."""
+    distributor: Literal["multiprocessing", "ray"] = "multiprocessing"
+    """What hands shards to img2dataset's processes; `ray` is one of the run's own, on this machine."""
     processes: int = 1
     threads: int = 16
     """Requests at once in each process."""
@@ -151,6 +154,12 @@ class DownloadConfig:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.distributor not in ("multiprocessing", "ray"):
+            raise ConfigError(
+                f"distributor must be multiprocessing or ray, got {self.distributor!r}"
+            )
+        if self.distributor == "ray":
+            require_ray()
         checked_rules(self.text_rules)
         if strange := [name for name in self.languages if not re.fullmatch("[a-z]{2,3}", name)]:
             raise ConfigError(

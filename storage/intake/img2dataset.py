@@ -18,7 +18,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,6 +29,8 @@ import pyarrow.parquet as pq
 from storage.errors import IntakeError, StorageFull
 from storage.intake import launch_img2dataset as launcher
 from storage.intake.download_config import DownloadConfig
+from storage.intake.leftovers import OWNER, end_leftovers
+from storage.intake.own_ray import guarded_environment
 from storage.worker_process import environment
 
 logger = logging.getLogger(__name__)
@@ -87,7 +89,7 @@ def download(
             raise IntakeError(
                 f"img2dataset {why}; {done} of {num_shards} shards are whole and "
                 f"{config.max_restarts} restarts brought no more. Its last words, from "
-                f"{folder / 'img2dataset.log'}: {_last_words(folder)}; mend that and run the same "
+                f"{folder / launcher.LOG}: {_last_words(folder)}; mend that and run the same "
                 "command again: it goes on with the missing shards"
             )
         logger.warning("img2dataset %s; restarting, %d of %d shards", why, done, num_shards)
@@ -147,21 +149,6 @@ def tar_index(path: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def end_leftovers(folder: Path) -> None:
-    """Kill processes of an earlier download into this folder, whoever started them.
-
-    They carry the folder in their environment, so nothing else can be hit. Elsewhere than on
-    Linux this does nothing, and a process outlives its parent by one shard at most.
-    """
-    mark = f"{launcher.OWNER}={folder.resolve()}".encode()
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark in (entry / "environ").read_bytes().split(b"\0"):
-                os.kill(int(entry.name), signal.SIGKILL)
-        except (OSError, ValueError):
-            continue  # ended meanwhile, or another user's
-
-
 @dataclass(frozen=True, slots=True)
 class _Watched:
     """What a run is to bring, who is told of it, and whether it is still wanted."""
@@ -214,7 +201,12 @@ def _started(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A running img2dataset in a process group of its own; the group is gone afterwards."""
     log: BinaryIO
-    with (folder / "img2dataset.log").open("wb") as log:
+    (folder / launcher.LOG).write_bytes(b"")
+    with ExitStack() as stack:
+        env = _environment(folder, config, hosts, answered)
+        if config.distributor == "ray":
+            env |= stack.enter_context(guarded_environment(folder))
+        log = stack.enter_context((folder / launcher.LOG).open("ab"))
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -223,21 +215,21 @@ def _started(
                 f"from {launcher.__name__} import main; main()",
                 json.dumps(_arguments(slice_parquet, folder, config)),
             ],
-            env=_environment(folder, config, hosts, answered),
+            env=env,
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    try:
-        yield process
-    finally:
         try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            logger.debug("img2dataset %d had ended", process.pid)
-        process.wait()
+            yield process
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                logger.debug("img2dataset %d had ended", process.pid)
+            process.wait()
 
 
 def _arguments(slice_parquet: Path, folder: Path, config: DownloadConfig) -> dict[str, Any]:
@@ -250,6 +242,7 @@ def _arguments(slice_parquet: Path, folder: Path, config: DownloadConfig) -> dic
         "output_folder": str(folder),
         "output_format": "webdataset",
         "number_sample_per_shard": config.shard_rows,
+        "distributor": config.distributor,
         "processes_count": config.processes,
         "thread_count": config.threads,
         "timeout": config.timeout_s,
@@ -280,7 +273,7 @@ def _environment(
 ) -> dict[str, str]:
     env = environment() | {
         "NO_ALBUMENTATIONS_UPDATE": "1",
-        launcher.OWNER: str(folder.resolve()),
+        OWNER: str(folder.resolve()),
         launcher.PROGRESS_FILE: str(answered),
         launcher.FETCHING: json.dumps(asdict(config.opener) | {"hosts": hosts}),
     }
@@ -320,7 +313,7 @@ def _drop_lossy(folder: Path, num_shards: int) -> None:
 
 
 def _last_words(folder: Path, num_bytes: int = 600) -> str:
-    log = folder / "img2dataset.log"
+    log = folder / launcher.LOG
     if not log.exists():
         return "none"
     with log.open("rb") as f:

@@ -10,11 +10,11 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import storage
 from storage import layout
-from storage.intake import launch_img2dataset as launcher
+from storage.intake import leftovers
 from storage.lake import Lake
 
 SCRIPT = """
@@ -26,7 +26,11 @@ ingest_urls(lake, urls, DownloadConfig(**config), round=1)
 
 
 def start(
-    lake: Lake, url_list: Path, config: Mapping[str, Any], **environment: str
+    lake: Lake,
+    url_list: Path,
+    config: Mapping[str, Any],
+    stderr: IO[bytes] | None = None,
+    **environment: str,
 ) -> subprocess.Popen[bytes]:
     """Begin to take a list in."""
     home = str(Path(storage.__file__).parents[1])
@@ -34,12 +38,13 @@ def start(
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, lake.uri, str(url_list), json.dumps(config)],
         env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)},
+        stderr=stderr,
     )
 
 
 def processes_of(folder: Path | str) -> list[int]:
     """Processes that download into a folder, or below it."""
-    mark = f"{launcher.OWNER}={folder}".encode()
+    mark = f"{leftovers.OWNER}={folder}".encode()
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:

@@ -13,7 +13,7 @@ import pytest
 from web_world import PictureServer, download_config
 
 from storage.errors import ConfigError, IntakeError, StorageFull
-from storage.intake import launch_img2dataset as launcher
+from storage.intake import leftovers
 from storage.intake.download_config import DownloadConfig
 from storage.intake.img2dataset import download, is_whole, sweep_unfinished
 
@@ -26,7 +26,7 @@ def fetch_list(path: Path, num_rows: int, host: str) -> Path:
 
 def worker_of(folder: Path) -> int | None:
     """The downloading process: the youngest child of the fork server."""
-    mark = f"{launcher.OWNER}={folder}".encode()
+    mark = f"{leftovers.OWNER}={folder}".encode()
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
