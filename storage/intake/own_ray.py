@@ -70,7 +70,7 @@ def require_ray() -> None:
 def guarded_environment(folder: Path) -> Iterator[dict[str, str]]:
     """The environment of a run that starts a Ray for a download into `folder`; its guard is there as long.
 
-    The guard ends what this process leaves when it is killed: helpers of Ray's outlive their parents by a minute.
+    The guard ends what this process leaves when it is killed: some helpers of Ray's outlive their parents by more than ten seconds.
     """
     system = tempfile.gettempdir()
     parent = system if len(system) <= MOST_PARENT_CHARS else "/tmp"
