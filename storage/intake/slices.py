@@ -78,18 +78,22 @@ class SliceFetching:
         """What was fetched for a part, as soon as no more of it will be."""
         size, num_rows = self._config.shard_rows, self._plan.num_rows
         begin, end = index * size, (index + 1) * size
-        while True:
-            is_done = coming.passes.done()
+
+        def tell(done: int) -> None:
+            # From this thread: what shows the progress may belong to it.
             if on_progress is not None:
-                # Told from this thread: what shows the progress may belong to it.
-                on_progress(coming.num_done(size, num_rows), num_rows)
-            if is_done:
-                passes = coming.passes.result()
-                return None if passes is None else passes.results(begin, end)
+                on_progress(min(done, num_rows), num_rows)
+
+        while not coming.passes.done():
             settled = coming.first_pass.settled(begin, end) if coming.first_pass else None
             if settled is not None:
+                tell(max(end, coming.num_done(size, num_rows)))
                 return PassResults([settled])
+            tell(max(begin, coming.num_done(size, num_rows)))
             wait([coming.passes], timeout=PROGRESS_S)
+        passes = coming.passes.result()
+        tell(max(end, coming.num_done(size, num_rows)))
+        return None if passes is None else passes.results(begin, end)
 
     def _fetch(self, coming: "_Coming") -> Passes | None:
         """Fetch a slice, or go on fetching it; None when all its parts are made."""
