@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TypeVar
 
 from storage.intake.download_config import DownloadConfig
@@ -64,12 +63,7 @@ class Lookers:
     def __enter__(self) -> "Lookers":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        err: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._processes.stop()
         self._threads.shutdown(wait=True, cancel_futures=True)
         self._processes.join()
